@@ -1,0 +1,71 @@
+"""What the scheduler decides for one step, as plain host data.
+
+Owns: the types that cross from the scheduler to ``engine.batch``. Must never: import jax, or hold block ids (those are read
+from the ``CacheManager`` when the batch is built, after the last block has moved).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from hkv_jax.engine.request import Sequence
+    from hkv_jax.kvcache.manager import Fork
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Chunk:
+    """Tokens ``[start, end)`` of one sequence, run in this step; their ids are known to the host.
+
+    ``samples`` is true when ``end`` is the last known token, so that the step also draws the next one.
+    """
+
+    sequence: Sequence
+    start: int
+    end: int
+    samples: bool
+
+    @property
+    def num_tokens(self) -> int:
+        """Length of the chunk in tokens, at least 1."""
+        return self.end - self.start
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class DecodeRows:
+    """Sequences that run exactly one token, the one their lane drew last (it may not have been read yet).
+
+    Row i is ``sequences[i]`` in ``lanes[i]``, at absolute position ``positions[i]``; all i32[num rows].
+    """
+
+    sequences: tuple[Sequence, ...]
+    lanes: NDArray[np.int32]
+    positions: NDArray[np.int32]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class StepPlan:
+    """One step: decode rows first, then chunks (those of one token first).
+
+    ``admitted`` are sequences that took a lane in this plan: the runner sets up their lane before the step.
+    ``forks`` run before the step as well: a lane takes over another's state, partial blocks are copied.
+    """
+
+    decode: DecodeRows
+    chunks: tuple[Chunk, ...]
+    admitted: tuple[Sequence, ...] = ()
+    forks: tuple[Fork, ...] = ()
+
+    @property
+    def num_rows(self) -> int:
+        """Live rows of the step."""
+        return len(self.decode.sequences) + len(self.chunks)
+
+    @property
+    def num_tokens(self) -> int:
+        """Query tokens of the step."""
+        return len(self.decode.sequences) + sum(chunk.num_tokens for chunk in self.chunks)
