@@ -1,7 +1,7 @@
 """What the scheduler decides for one step, as plain host data.
 
-Owns: the types that cross from the scheduler to ``engine.batch``. Must never: import jax, or hold block ids (those are read
-from the ``CacheManager`` when the batch is built, after the last block has moved).
+Owns: the types that cross from the scheduler to ``engine.batch``. Must never: import jax, or hold block ids (those are
+read from the ``CacheManager`` when the batch is built, after the last block has moved).
 """
 
 from __future__ import annotations
@@ -34,6 +34,11 @@ class Chunk:
         """Length of the chunk in tokens, at least 1."""
         return self.end - self.start
 
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        """Whether the step is to compute logprobs of prompt tokens that follow tokens of this chunk."""
+        return self.sequence.wants_prompt_logprobs and self.start + 1 < self.sequence.request.prompt_len
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class DecodeRows:
@@ -51,8 +56,9 @@ class DecodeRows:
 class StepPlan:
     """One step: decode rows first, then chunks (those of one token first).
 
-    ``admitted`` are sequences that took a lane in this plan: the runner sets up their lane before the step.
-    ``forks`` run before the step as well: a lane takes over another's state, partial blocks are copied.
+    ``admitted`` are sequences that took a fresh lane in this plan: the runner sets up their lane before the step.
+    ``forks`` run before the step as well: a lane takes over another's state, partial blocks are copied; the sequence
+    of the new lane is not among the admitted.
     """
 
     decode: DecodeRows
