@@ -1,0 +1,121 @@
+"""The blocks of one sequence in one group.
+
+Owns: which block number of the sequence is which block of the pool, and when a block leaves the window. Must never:
+know other sequences, pages or the device's table. It holds ids; taking and returning them is up to the caller.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+HOLE = -1
+"""The id of a block whose tokens never enter the pool: the window had passed it within its own chunk."""
+
+
+class BlockTable:
+    """Ids of the block numbers ``first_block ..``; block number n covers positions ``[n*P, (n+1)*P)``.
+
+    ``start`` and ``end`` are the chunk last extended to. Decode steps that need neither a block nor a release go
+    unreported, so tokens up to ``capacity`` may be there.
+
+    Invariants. T1: ``len(ids) == ceil(end / P) - first_block``. T2: a released block is removed from the table, never
+    overwritten. Holes occur in sliding groups only.
+    """
+
+    __slots__ = ("block_size", "end", "first_block", "ids", "start", "window")
+
+    def __init__(self, block_size: int, window: int | None) -> None:
+        """``block_size`` P and ``window`` W in tokens; W is ``None`` in a global group."""
+        self.block_size = block_size
+        self.window = window
+        self.first_block = 0
+        self.ids: list[int] = []
+        self.start = 0
+        self.end = 0
+
+    @property
+    def capacity(self) -> int:
+        """Tokens the table's blocks reach up to, a multiple of P."""
+        return (self.first_block + len(self.ids)) * self.block_size
+
+    @property
+    def decode_end(self) -> int:
+        """A decode step whose token ends at or below it needs no new block and releases none."""
+        capacity = (self.first_block + len(self.ids)) * self.block_size
+        if self.window is None:
+            return capacity
+        return min(capacity, (self.first_block + 1) * self.block_size + self.window - 1)
+
+    def first_live(self, num_tokens: int) -> int:
+        """The lowest block number that position ``num_tokens`` or a later one can still attend to."""
+        if self.window is None:
+            return 0
+        return max(0, num_tokens - self.window + 1) // self.block_size
+
+    def held(self) -> list[int]:
+        """The ids, holes left out."""
+        return [block for block in self.ids if block != HOLE]
+
+    def id_of(self, number: int) -> int:
+        """Id of block ``number``, ``HOLE`` where the table holds none."""
+        index = number - self.first_block
+        return self.ids[index] if 0 <= index < len(self.ids) else HOLE
+
+    def release_below(self, number: int) -> list[int]:
+        """Removes the blocks below ``number`` (at most the table's end); returns their ids, holes left out."""
+        count = number - self.first_block
+        if count <= 0:
+            return []
+        released = [block for block in self.ids[:count] if block != HOLE]
+        del self.ids[:count]
+        self.first_block = number
+        return released
+
+    def num_missing(self, end: int) -> int:
+        """Blocks the table lacks for tokens up to ``end``, those that no later position can attend to left out."""
+        next_number = self.first_block + len(self.ids)
+        return max(0, -(-end // self.block_size) - max(next_number, self.first_live(end)))
+
+    def extend(self, start: int, end: int, blocks: Iterable[int]) -> None:
+        """Appends holes and then ``blocks`` (as many as ``num_missing(end)`` said) for the chunk ``[start, end)``."""
+        next_number = self.first_block + len(self.ids)
+        num_holes = min(self.first_live(end), -(-end // self.block_size)) - next_number
+        if num_holes > 0:
+            self.ids.extend([HOLE] * num_holes)
+        self.ids.extend(blocks)
+        self.start, self.end = start, end
+
+    def check_truncate(self, num_tokens: int) -> None:
+        """Raises ``ValueError`` where the table does not reach ``num_tokens`` or lost the window before them."""
+        if num_tokens > self.capacity:
+            raise ValueError(f"cannot truncate to {num_tokens} tokens: the table reaches {self.capacity}")
+        if not self.holds(self.first_live(num_tokens), -(-num_tokens // self.block_size)):
+            raise ValueError(f"cannot truncate to {num_tokens} tokens: the window before them was released")
+
+    def truncate(self, num_tokens: int) -> list[int]:
+        """Drops the blocks at and above ``ceil(num_tokens / P)``; returns their ids, holes left out."""
+        self.check_truncate(num_tokens)
+        num_blocks = -(-num_tokens // self.block_size)
+        kept = max(0, num_blocks - self.first_block)
+        dropped = [block for block in self.ids[kept:] if block != HOLE]
+        del self.ids[kept:]
+        self.first_block = min(self.first_block, num_blocks)
+        self.end = num_tokens
+        self.start = min(self.start, num_tokens)
+        return dropped
+
+    def holds(self, first: int, stop: int) -> bool:
+        """Whether every block number of ``[first, stop)`` is in the table and not a hole."""
+        if first >= stop:
+            return True
+        low, high = first - self.first_block, stop - self.first_block
+        return 0 <= low and high <= len(self.ids) and HOLE not in self.ids[low:high]
+
+    def check_invariants(self) -> None:
+        """Asserts T1 and that holes are where they may be."""
+        assert len(self.ids) == -(-self.end // self.block_size) - self.first_block, "T1: wrong number of blocks"
+        holes = [self.first_block + i for i, block in enumerate(self.ids) if block == HOLE]
+        assert not holes or self.window is not None, "T1: a hole in a global group"
+        assert all(number < self.first_live(self.end) for number in holes), "T1: a hole inside the window"
+        held = self.held()
+        assert len(held) == len(set(held)), "T3: a table holds a block twice"
