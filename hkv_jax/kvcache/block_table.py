@@ -16,13 +16,13 @@ class BlockTable:
     """Ids of the block numbers ``first_block ..``; block number n covers positions ``[n*P, (n+1)*P)``.
 
     ``start`` and ``end`` are the chunk last extended to. Decode steps that need neither a block nor a release go
-    unreported, so tokens up to ``capacity`` may be there.
+    unreported, so tokens up to ``capacity`` may be there. ``reach`` is one past the highest block number there ever was.
 
     Invariants. T1: ``len(ids) == ceil(end / P) - first_block``. T2: a released block is removed from the table, never
     overwritten. Holes occur in sliding groups only.
     """
 
-    __slots__ = ("block_size", "end", "first_block", "ids", "start", "window")
+    __slots__ = ("block_size", "end", "first_block", "ids", "reach", "start", "window")
 
     def __init__(self, block_size: int, window: int | None) -> None:
         """``block_size`` P and ``window`` W in tokens; W is ``None`` in a global group."""
@@ -32,6 +32,7 @@ class BlockTable:
         self.ids: list[int] = []
         self.start = 0
         self.end = 0
+        self.reach = 0
 
     @property
     def capacity(self) -> int:
@@ -84,6 +85,7 @@ class BlockTable:
             self.ids.extend([HOLE] * num_holes)
         self.ids.extend(blocks)
         self.start, self.end = start, end
+        self.reach = max(self.reach, self.first_block + len(self.ids))
 
     def check_truncate(self, num_tokens: int) -> None:
         """Raises ``ValueError`` where the table does not reach ``num_tokens`` or lost the window before them."""
@@ -109,7 +111,7 @@ class BlockTable:
         if first >= stop:
             return True
         low, high = first - self.first_block, stop - self.first_block
-        return 0 <= low and high <= len(self.ids) and HOLE not in self.ids[low:high]
+        return low >= 0 and high <= len(self.ids) and HOLE not in self.ids[low:high]
 
     def check_invariants(self) -> None:
         """Asserts T1 and that holes are where they may be."""

@@ -62,6 +62,7 @@ class GroupCache:
         """Raises ``ValueError`` where the lane cannot go back to ``num_tokens`` tokens."""
         table = self.tables[lane]
         table.check_truncate(num_tokens)
+        self._check_ring(table, num_tokens)
         if num_tokens % self.block_size and self.pool.references(table.id_of(num_tokens // self.block_size)) > 1:
             raise ValueError(f"cannot truncate to {num_tokens} tokens: the block they end in is shared")
 
@@ -88,6 +89,7 @@ class GroupCache:
         first, stop = table.first_live(num_tokens), -(-num_tokens // self.block_size)
         if not table.holds(first, stop):
             raise ValueError(f"lane {source} does not hold {num_tokens} tokens with the window before them")
+        self._check_ring(table, num_tokens)
         if self._updates:
             pages = {self.layout.page(table.id_of(number)) for number in range(first, stop)}
             low, high = source * self.width, (source + 1) * self.width
@@ -106,6 +108,7 @@ class GroupCache:
         self.pool.retain(shared)
         other.ids.extend(shared)
         other.start = other.end = num_tokens
+        other.reach = table.reach
         copy = None
         if num_tokens % self.block_size:
             block = self._take(1)[0]
@@ -172,6 +175,11 @@ class GroupCache:
         blocks = self.pool.allocate(count) if count else []
         assert blocks is not None, f"M1: {count} blocks of {self.layout.spec.name} were promised"
         return blocks
+
+    def _check_ring(self, table: BlockTable, num_tokens: int) -> None:
+        """Raises ``ValueError`` where a later block has taken the device column of one that ``num_tokens`` needs."""
+        if table.reach - self.width > table.first_live(num_tokens):
+            raise ValueError(f"cannot go back to {num_tokens} tokens: the device's table has moved past their window")
 
     def _refresh_page(self, lane: int) -> None:
         table = self.tables[lane]

@@ -1,7 +1,7 @@
 """From a budget in bytes to the layout of the KV cache: arenas, slabs, and the pool of each group.
 
-Owns: ``LayoutRequest``, ``KVLayout`` and the words of every refusal at start. Must never: import jax, or guess a budget.
-The arithmetic of the split is in ``partition``.
+Owns: ``LayoutRequest``, ``KVLayout`` and the words of every refusal at start. Must never: import jax, or guess a
+budget. The arithmetic of the split is in ``partition``.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ logger = logging.getLogger(__name__)
 DEFAULT_EXPECTED_LENGTH = 8192
 """Expected tokens of a sequence when nobody says, or eight times the largest window where that is more."""
 
-MAX_SLOTS = 2**31 - 1
-"""Slots are i32 on the device, and the largest value means "no slot"."""
+NO_SLOT = 2**31 - 1
+"""The slot of a token whose K/V goes nowhere; slots are i32 on the device, so an arena has fewer slots than that."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -384,9 +384,9 @@ def _check_addresses(layout: KVLayout) -> None:
     for group in layout.groups:
         arena = layout.arenas[group.arena]
         num_slots = arena.num_slabs * group.pages_per_slab * group.format.block_size
-        if num_slots >= MAX_SLOTS:
-            most = arena.total_bytes * (MAX_SLOTS - 1) // num_slots
+        if num_slots >= NO_SLOT:
+            most = arena.total_bytes * (NO_SLOT - 1) // num_slots
             raise ConfigError(
                 f"kv_cache_memory: an arena of {arena.total_bytes} bytes per device has {num_slots} token slots of "
-                f"group {group.spec.name}, more than {MAX_SLOTS - 1} can be addressed; give at most {most} bytes"
+                f"group {group.spec.name}, more than {NO_SLOT - 1} can be addressed; give at most {most} bytes"
             )

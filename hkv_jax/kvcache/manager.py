@@ -48,7 +48,8 @@ class CacheManager:
     ``watermarks`` i64[num_lanes]: a decode step that ends at or below its lane's needs no ``extend``.
 
     Invariants. A1, P1-P3, T1-T3: see ``SlabMap``, ``BlockPool``, ``BlockTable``. M1: ``extend`` gives room in all
-    groups or in none. M2: a closed lane holds nothing. M3: a lane holds at most ``most_window_blocks`` blocks of a sliding group.
+    groups or in none. M2: a closed lane holds nothing. M3: in a sliding group a lane holds at most ``most_window_blocks``
+    blocks.
     """
 
     def __init__(self, layout: KVLayout, num_lanes: int) -> None:
@@ -130,8 +131,8 @@ class CacheManager:
         """Forgets the lane's tokens from position ``num_tokens`` on, and returns the blocks that held only those.
 
         Raises:
-            ValueError: the lane does not reach so far, the window before ``num_tokens`` was released, or the block they
-                end in is shared.
+            ValueError: the lane does not reach so far, the window before ``num_tokens`` was released or has left the
+                device's table, or the block they end in is shared.
         """
         self._require_open(lane)
         for group in self._groups:
@@ -164,6 +165,10 @@ class CacheManager:
         return num_tokens <= self.layout.max_model_len and all(
             group.layout.blocks_of_sequence(num_tokens) <= group.pool.num_blocks for group in self._groups
         )
+
+    def has_room(self, num_tokens: int) -> bool:
+        """Whether a new lane could compute a sequence of that many tokens with the blocks that are free now."""
+        return all(group.layout.blocks_of_sequence(num_tokens) <= group.pool.num_free for group in self._groups)
 
     def hand_over_slab(self, source: int, target: int) -> bool:
         """Moves a slab without a used block from group ``source`` to group ``target``.
