@@ -16,7 +16,7 @@ class BlockTable:
     """Ids of the block numbers ``first_block ..``; block number n covers positions ``[n*P, (n+1)*P)``.
 
     ``start`` and ``end`` are the chunk last extended to. Decode steps that need neither a block nor a release go
-    unreported, so tokens up to ``capacity`` may be there. ``reach`` is one past the highest block number there ever was.
+    unreported, so tokens up to ``capacity`` may be there. ``reach`` is one past the highest block number ever held.
 
     Invariants. T1: ``len(ids) == ceil(end / P) - first_block``. T2: a released block is removed from the table, never
     overwritten. Holes occur in sliding groups only.

@@ -48,8 +48,8 @@ class CacheManager:
     ``watermarks`` i64[num_lanes]: a decode step that ends at or below its lane's needs no ``extend``.
 
     Invariants. A1, P1-P3, T1-T3: see ``SlabMap``, ``BlockPool``, ``BlockTable``. M1: ``extend`` gives room in all
-    groups or in none. M2: a closed lane holds nothing. M3: in a sliding group a lane holds at most ``most_window_blocks``
-    blocks.
+    groups or in none. M2: a closed lane holds nothing. M3: in a sliding group a lane holds at most
+    ``most_window_blocks`` blocks.
     """
 
     def __init__(self, layout: KVLayout, num_lanes: int) -> None:
