@@ -67,6 +67,11 @@ class StepPlan:
     forks: tuple[Fork, ...] = ()
 
     @property
+    def sequences(self) -> tuple[Sequence, ...]:
+        """The sequence of every live row, in row order."""
+        return (*self.decode.sequences, *(chunk.sequence for chunk in self.chunks))
+
+    @property
     def num_rows(self) -> int:
         """Live rows of the step."""
         return len(self.decode.sequences) + len(self.chunks)

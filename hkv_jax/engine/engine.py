@@ -1,0 +1,142 @@
+"""The engine: schedule, build, dispatch, and only then read the step before.
+
+Owns: the step in flight and what happens when it fails. Must never: import jax, or know text, threads or clients.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from typing import Protocol
+
+from hkv_jax.engine.batch import StepBatch, build
+from hkv_jax.engine.buckets import Buckets
+from hkv_jax.engine.plan import StepPlan
+from hkv_jax.engine.request import Request
+from hkv_jax.engine.scheduler import Scheduler
+from hkv_jax.engine.step_result import StepResult
+from hkv_jax.engine.token_event import TokenEvent
+from hkv_jax.kvcache.manager import CacheManager
+
+logger = logging.getLogger(__name__)
+
+MAX_ATTEMPTS = 3
+"""Failures in a row after which the requests of the failing step are given up."""
+
+
+class StepHandle(Protocol):
+    """A dispatched step."""
+
+    def read(self) -> StepResult:
+        """Waits for the step; raises what went wrong on the device."""
+        ...
+
+
+class StepRunner(Protocol):
+    """The device side, as the engine sees it."""
+
+    @property
+    def buckets(self) -> Buckets:
+        """The step shapes it has programs for."""
+        ...
+
+    def dispatch(self, plan: StepPlan, batch: StepBatch) -> StepHandle:
+        """Starts a step; steps run in the order of dispatch."""
+        ...
+
+    def reset(self) -> None:
+        """Starts over with empty lanes and an empty cache."""
+        ...
+
+
+class StepFailedError(Exception):
+    """A step failed again and again; the requests in it were dropped, all others go on.
+
+    ``request_ids`` are those dropped. The cause is chained, and nothing for a client to see.
+    """
+
+    def __init__(self, request_ids: tuple[str, ...]) -> None:
+        super().__init__(f"a step failed {MAX_ATTEMPTS} times in a row; {len(request_ids)} requests were dropped")
+        self.request_ids = request_ids
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _InFlight:
+    plan: StepPlan
+    handle: StepHandle
+
+
+class Engine:
+    """Scheduler, cache and runner, driven one step at a time by one thread."""
+
+    def __init__(self, scheduler: Scheduler, cache: CacheManager, runner: StepRunner) -> None:
+        """An engine over a scheduler of that very cache, both idle."""
+        self.scheduler = scheduler
+        self.cache = cache
+        self._runner = runner
+        self._in_flight: _InFlight | None = None
+        self._num_failures = 0
+
+    @property
+    def has_work(self) -> bool:
+        """Whether ``step`` has anything to do."""
+        return self._in_flight is not None or self.scheduler.has_work
+
+    def add(self, request: Request) -> None:
+        """Queues a request.
+
+        Raises:
+            RequestError: it could never be served.
+        """
+        self.scheduler.add(request)
+
+    def abort(self, request_id: str) -> None:
+        """Ends a request now; its blocks are free for the next step. An unknown id is ignored."""
+        self.scheduler.abort(request_id)
+
+    def finish(self, request_id: str, sample: int) -> None:
+        """Ends one sample whose text reached a stop string. One that has ended already is ignored."""
+        self.scheduler.finish(request_id, sample)
+
+    def step(self) -> list[TokenEvent]:
+        """Dispatches the next step, then reads and commits the one before; no events on the first call of a run.
+
+        A step that fails is lost with everything on the device: all running requests are computed again, and nobody
+        notices, since draws do not depend on what else happened.
+
+        Raises:
+            StepFailedError: that happened several times in a row. The engine can go on.
+        """
+        plan = self.scheduler.schedule()
+        previous = self._in_flight
+        failing = plan
+        try:
+            self._in_flight = None if plan is None else self._dispatch(plan)
+            if previous is None:
+                return []
+            failing = previous.plan
+            result = previous.handle.read()
+        except Exception as error:
+            assert failing is not None
+            self._recover(failing, error)
+            return []
+        self._num_failures = 0
+        return self.scheduler.commit(previous.plan, result)
+
+    def _dispatch(self, plan: StepPlan) -> _InFlight:
+        batch = build(plan, self.cache, self.scheduler.lanes, self._runner.buckets.choose(plan))
+        return _InFlight(plan, self._runner.dispatch(plan, batch))
+
+    def _recover(self, failing: StepPlan, error: Exception) -> None:
+        """Starts over without the steps in flight, and without the requests of a step that keeps failing."""
+        self._num_failures += 1
+        logger.exception("a step failed (attempt %d of %d); starting over", self._num_failures, MAX_ATTEMPTS)
+        self._in_flight = None
+        self.scheduler.reset()
+        self._runner.reset()
+        if self._num_failures >= MAX_ATTEMPTS:
+            self._num_failures = 0
+            request_ids = tuple(dict.fromkeys(sequence.request.request_id for sequence in failing.sequences))
+            for request_id in request_ids:
+                self.scheduler.abort(request_id)
+            raise StepFailedError(request_ids) from error
