@@ -15,6 +15,9 @@ OLDEST  := .venv-oldest
 ARGS    ?=
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# What these environments install runs on the CPU; libtpu, which dev brings for compiling, would look for chips and complain.
+JAX_PLATFORMS ?= cpu
+export JAX_PLATFORMS
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-oldest lint format types imports proto golden clean
