@@ -1,6 +1,6 @@
 """The shape of what crosses from host to device in one step: named fields inside one i32 and one f32 buffer.
 
-Owns: buckets, the order and shapes of the fields, NO_SLOT and NO_TOKEN. The same ``BatchFormat`` cuts the numpy buffers on
+Owns: buckets, the order and shapes of the fields, NO_TOKEN. The same ``BatchFormat`` cuts the numpy buffers on
 the host (as views, to be filled) and the traced arrays on the device. Must never: import jax.
 
 Axis letters: T query tokens, S rows (sequences), G groups, U table updates of a step.
@@ -11,9 +11,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from typing import Any, NamedTuple
-
-NO_SLOT = 2**31 - 1
-"""A token's K/V goes nowhere. Tested before any arithmetic: ``NO_SLOT + 1`` wraps."""
 
 NO_TOKEN = -1
 """In ``tokens``: take what the lane drew last. In ``targets`` and ``sample_tokens``: nothing wanted."""

@@ -1,0 +1,128 @@
+"""Everything the device keeps from step to step: donated to every program, so that each has exactly one owner.
+
+Owns: the fields, their shapes and shardings, and the programs that set up a lane or let it take over another's state. Must
+never: be read by the host (sampled tokens are outputs of a step).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, PartitionSpec
+
+from hkv_jax.array_types import ArenaArray, BlockTables
+from hkv_jax.kvcache.format import NO_SLOT
+from hkv_jax.kvcache.layout import KVLayout
+from hkv_jax.model.kv_arena import arena_shapes, copy_blocks
+from hkv_jax.sampling_params import MAX_LOGIT_BIASES, MAX_STOP_TOKEN_IDS
+from hkv_jax.sharding import OVER_CHIPS, REPLICATED, named
+
+MAX_MASKED_STOPS = MAX_STOP_TOKEN_IDS + 32
+"""Stop ids min_tokens can mask: the request's own and the model's."""
+
+FORKS_A_CALL = 8
+
+
+class DeviceState(NamedTuple):
+    """Donated state; Z lanes.
+
+    arenas. tables: i32[Z, M] a group. last_tokens i32[Z]: drawn last. counts i32[Z, V]: output tokens seen; in_prompt
+    bool[Z, V]. bias_ids i32[Z, B], bias_values f32[Z, B], stop_ids i32[Z, C]; ids one past the vocabulary are no entry.
+    """
+
+    arenas: tuple[ArenaArray, ...]
+    tables: tuple[BlockTables, ...]
+    last_tokens: jax.Array
+    counts: jax.Array
+    in_prompt: jax.Array
+    bias_ids: jax.Array
+    bias_values: jax.Array
+    stop_ids: jax.Array
+
+
+class LaneSetup(NamedTuple):
+    """What a sequence brings to its lane: lane i32[], bias_ids i32[B], bias_values f32[B], stop_ids i32[C]."""
+
+    lane: jax.Array
+    bias_ids: jax.Array
+    bias_values: jax.Array
+    stop_ids: jax.Array
+
+
+class ForkCopies(NamedTuple):
+    """A few forks: lanes i32[FORKS_A_CALL] each (target past the last lane: none); pages i32[groups, FORKS_A_CALL] each
+    (target NO_SLOT: nothing to copy)."""
+
+    source_lanes: jax.Array
+    target_lanes: jax.Array
+    source_pages: jax.Array
+    target_pages: jax.Array
+
+
+def state_shapes(layout: KVLayout, mesh: Mesh, num_lanes: int, vocab_size: int, arena_dtype: jnp.dtype) -> DeviceState:
+    """Shape, dtype and sharding of every array of the state before it exists."""
+
+    def replicated(shape: tuple[int, ...], dtype: type) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=named(mesh, REPLICATED))
+
+    return DeviceState(
+        arenas=arena_shapes(layout, mesh, arena_dtype),
+        tables=tuple(replicated((num_lanes, group.table_width), jnp.int32) for group in layout.groups),
+        last_tokens=replicated((num_lanes,), jnp.int32),
+        counts=replicated((num_lanes, vocab_size), jnp.int32),
+        in_prompt=replicated((num_lanes, vocab_size), jnp.bool_),
+        bias_ids=replicated((num_lanes, MAX_LOGIT_BIASES), jnp.int32),
+        bias_values=replicated((num_lanes, MAX_LOGIT_BIASES), jnp.float32),
+        stop_ids=replicated((num_lanes, MAX_MASKED_STOPS), jnp.int32),
+    )
+
+
+def allocate_state(shapes: DeviceState, vocab_size: int) -> DeviceState:
+    """A state of zeros, with no bias and no masked stop in any lane, allocated where it will stay."""
+
+    def zeros() -> DeviceState:
+        state = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+        return state._replace(
+            bias_ids=jnp.full_like(state.bias_ids, vocab_size), stop_ids=jnp.full_like(state.stop_ids, vocab_size)
+        )
+
+    return jax.jit(zeros, out_shardings=jax.tree.map(lambda s: s.sharding, shapes))()
+
+
+def set_up_lane(state: DeviceState, setup: LaneSetup) -> DeviceState:
+    """Installs a sequence's biases and masked stops in its lane."""
+    return state._replace(
+        bias_ids=state.bias_ids.at[setup.lane].set(setup.bias_ids, mode="drop"),
+        bias_values=state.bias_values.at[setup.lane].set(setup.bias_values, mode="drop"),
+        stop_ids=state.stop_ids.at[setup.lane].set(setup.stop_ids, mode="drop"),
+    )
+
+
+def fork_lanes(state: DeviceState, forks: ForkCopies, layout: KVLayout, mesh: Mesh) -> DeviceState:
+    """Target lanes take over tables, counts and biases of their sources; partial blocks are copied page by page."""
+
+    def take_over(rows: jax.Array) -> jax.Array:
+        return rows.at[forks.target_lanes].set(rows[forks.source_lanes], mode="drop")
+
+    arenas = list(state.arenas)
+    for number, group in enumerate(layout.groups):
+
+        def local(arena: ArenaArray, sources: jax.Array, targets: jax.Array, fmt=group.format) -> ArenaArray:  # type: ignore[no-untyped-def]
+            return copy_blocks(arena, fmt, sources, targets)
+
+        mapped = jax.shard_map(
+            local, mesh=mesh, in_specs=(OVER_CHIPS, PartitionSpec(), PartitionSpec()), out_specs=OVER_CHIPS, check_vma=False
+        )
+        arenas[group.arena] = mapped(arenas[group.arena], forks.source_pages[number], forks.target_pages[number])
+    lanes = {name: take_over(getattr(state, name)) for name in DeviceState._fields if name not in ("arenas", "tables")}
+    return DeviceState(arenas=tuple(arenas), tables=tuple(take_over(table) for table in state.tables), **lanes)
+
+
+def no_forks(num_groups: int, num_lanes: int) -> ForkCopies:
+    """Entries that do nothing, as numpy arrays to be overwritten by live ones."""
+    lanes = np.full(FORKS_A_CALL, num_lanes, np.int32)
+    pages = np.full((num_groups, FORKS_A_CALL), NO_SLOT, np.int32)
+    return ForkCopies(np.zeros(FORKS_A_CALL, np.int32), lanes, np.zeros_like(pages), pages)  # type: ignore[arg-type]

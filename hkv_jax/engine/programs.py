@@ -1,0 +1,138 @@
+"""The compiled programs of an engine: one a bucket, one that sets up a lane, one that forks lanes.
+
+Owns: compiling all of them ahead of the first request. A ``Compiled`` program cannot recompile: an argument whose shape or
+dtype differs is an error that names it. Must never: run a step.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import threading
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hkv_jax.engine.batch_format import BatchFormat, Bucket
+from hkv_jax.engine.device_state import (
+    FORKS_A_CALL,
+    MAX_MASKED_STOPS,
+    DeviceState,
+    ForkCopies,
+    LaneSetup,
+    fork_lanes,
+    set_up_lane,
+)
+from hkv_jax.engine.step import StepProgram
+from hkv_jax.kvcache.layout import KVLayout
+from hkv_jax.model.transformer import Decoder, ModelParameters
+from hkv_jax.model.xla_attention import AttentionSpec
+from hkv_jax.sampling_params import MAX_LOGIT_BIASES
+from hkv_jax.sharding import REPLICATED, named
+
+COMPILE_THREADS = 2
+COMPILE_STACK_BYTES = 64 * 1024 * 1024
+"""XLA recurses deeply on long unrolled programs; the default thread stack overflows."""
+
+Progress = Callable[[str, int, int], None]
+"""(what was just finished, how many are done, how many there are)."""
+
+
+class ProgramFactory:
+    """Lowers the programs of one engine for given shapes; every argument of a program is a shape, so nothing is allocated.
+
+    ``matmul_precision`` is what products use: ``highest`` for float32, so that no platform rounds them silently.
+    """
+
+    def __init__(
+        self, decoder: Decoder, attention: tuple[AttentionSpec, ...], layout: KVLayout, matmul_precision: str | None
+    ) -> None:
+        self._decoder, self._attention, self._layout = decoder, attention, layout
+        self._precision = matmul_precision
+
+    def lower_step(
+        self, batch_format: BatchFormat, parameters: ModelParameters, state: DeviceState
+    ) -> jax.stages.Lowered:
+        """The step of one bucket; ``parameters`` and ``state`` are arrays or their shapes. The state is donated."""
+        program = StepProgram(self._decoder, self._attention, batch_format)
+        buffers = (self._replicated((batch_format.num_ints,), np.int32), self._replicated((batch_format.num_floats,), np.float32))
+        return self._lower(program, (parameters, state, *buffers), donate=1, outputs=(_shardings(state), self._sharding()))
+
+    def lower_lane_setup(self, state: DeviceState) -> jax.stages.Lowered:
+        """Installs one sequence's biases and masked stops."""
+        setup = LaneSetup(
+            self._replicated((), np.int32),
+            self._replicated((MAX_LOGIT_BIASES,), np.int32),
+            self._replicated((MAX_LOGIT_BIASES,), np.float32),
+            self._replicated((MAX_MASKED_STOPS,), np.int32),
+        )
+        return self._lower(set_up_lane, (state, setup), donate=0, outputs=_shardings(state))
+
+    def lower_forks(self, state: DeviceState) -> jax.stages.Lowered:
+        """A few forks at a time."""
+        lanes = self._replicated((FORKS_A_CALL,), np.int32)
+        pages = self._replicated((len(self._layout.groups), FORKS_A_CALL), np.int32)
+        program = partial(fork_lanes, layout=self._layout, mesh=self._decoder.mesh)
+        return self._lower(program, (state, ForkCopies(lanes, lanes, pages, pages)), donate=0, outputs=_shardings(state))
+
+    def _lower(self, program: Callable[..., Any], arguments: tuple[Any, ...], donate: int, outputs: Any) -> jax.stages.Lowered:
+        with jax.default_matmul_precision(self._precision):
+            return jax.jit(program, donate_argnums=donate, out_shardings=outputs).lower(*arguments)
+
+    def _replicated(self, shape: tuple[int, ...], dtype: type) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=self._sharding())
+
+    def _sharding(self) -> jax.sharding.NamedSharding:
+        return named(self._decoder.mesh, REPLICATED)
+
+
+class Programs:
+    """Every program of an engine, compiled."""
+
+    def __init__(self, steps: dict[Bucket, jax.stages.Compiled], lane_setup: Any, forks: Any) -> None:
+        self.steps, self.lane_setup, self.forks = steps, lane_setup, forks
+
+    @property
+    def num_programs(self) -> int:
+        """Compiled programs: one a bucket and the two for lanes."""
+        return len(self.steps) + 2
+
+    @classmethod
+    def compile(
+        cls,
+        factory: ProgramFactory,
+        formats: Sequence[BatchFormat],
+        arguments: tuple[ModelParameters, DeviceState],
+        progress: Progress,
+    ) -> Programs:
+        """Compiles all programs, a few at a time; ``progress`` is told of each as it is done."""
+        parameters, state = arguments
+        lower: dict[Any, Callable[[], jax.stages.Lowered]] = {
+            f.bucket: partial(factory.lower_step, f, parameters, state) for f in formats
+        }
+        lower["lane set-up"] = partial(factory.lower_lane_setup, state)
+        lower["fork"] = partial(factory.lower_forks, state)
+        compiled: dict[Any, jax.stages.Compiled] = {}
+        with _compile_pool() as pool:
+            jobs = {pool.submit(lambda build: build().compile(), build): name for name, build in lower.items()}
+            for job in concurrent.futures.as_completed(jobs):
+                compiled[jobs[job]] = job.result()
+                progress(str(jobs[job]), len(compiled), len(jobs))
+        return cls({f.bucket: compiled[f.bucket] for f in formats}, compiled["lane set-up"], compiled["fork"])
+
+
+def _compile_pool() -> concurrent.futures.ThreadPoolExecutor:
+    previous = threading.stack_size(COMPILE_STACK_BYTES)
+    pool = concurrent.futures.ThreadPoolExecutor(COMPILE_THREADS, thread_name_prefix="hkv-compile")
+    for _ in range(COMPILE_THREADS):
+        # A thread takes the stack size of the moment it starts, so all of them start here.
+        pool.submit(threading.get_ident)
+    threading.stack_size(previous)
+    return pool
+
+
+def _shardings(state: DeviceState) -> DeviceState:
+    return jax.tree.map(lambda array: array.sharding, state)

@@ -1,0 +1,132 @@
+"""Runs batches on the device, one step ahead of the host.
+
+Owns: the device state between steps and the programs. Donation makes steps run in the order of dispatch; a step is
+dispatched before the tokens of the one before are read. Must never: schedule, or read a token before it is asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import jax
+import numpy as np
+
+from hkv_jax.engine.batch import StepBatch
+from hkv_jax.engine.buckets import Buckets
+from hkv_jax.engine.device_state import (
+    FORKS_A_CALL,
+    MAX_MASKED_STOPS,
+    DeviceState,
+    LaneSetup,
+    allocate_state,
+    no_forks,
+)
+from hkv_jax.engine.plan import StepPlan
+from hkv_jax.engine.programs import Programs
+from hkv_jax.engine.request import Sequence
+from hkv_jax.engine.step import StepOutputs
+from hkv_jax.engine.step_result import Logprobs, StepResult
+from hkv_jax.kvcache.manager import Fork
+from hkv_jax.model.logprobs import TopLogprobs
+from hkv_jax.model.transformer import ModelParameters
+from hkv_jax.sampling_params import MAX_LOGIT_BIASES
+
+
+class StepHandle:
+    """A dispatched step; the device may still be running it."""
+
+    def __init__(self, outputs: StepOutputs, batch: StepBatch) -> None:
+        self._outputs, self._batch = outputs, batch
+
+    def read(self) -> StepResult:
+        """Waits for the step and brings back its tokens, and logprobs where a row asked for them."""
+        outputs, batch = self._outputs, self._batch
+        return StepResult(
+            np.asarray(outputs.tokens),
+            _logprobs(outputs.logprobs) if batch.wants_logprobs else None,
+            _logprobs(outputs.prompt_logprobs) if batch.wants_prompt_logprobs else None,
+        )
+
+
+class Runner:
+    """The device side of an engine.
+
+    Args:
+        programs: everything that will ever run.
+        parameters: the model's, in the form the programs were compiled for.
+        shapes: shapes of the device state; it is allocated here.
+        buckets: the formats of the batches it takes.
+        vocab_size: ids at or above it are no tokens.
+    """
+
+    def __init__(
+        self, programs: Programs, parameters: ModelParameters, shapes: DeviceState, buckets: Buckets, vocab_size: int
+    ) -> None:
+        self.buckets = buckets
+        self._programs, self._parameters, self._shapes = programs, parameters, shapes
+        self._vocab_size = vocab_size
+        self._num_lanes = shapes.last_tokens.shape[0]
+        self._state = allocate_state(shapes, vocab_size)
+        self._set_up_lanes: set[int] = set()
+
+    def dispatch(self, plan: StepPlan, batch: StepBatch) -> StepHandle:
+        """Starts the step of ``plan`` and returns before the device is done."""
+        for sequence in plan.admitted:
+            self._set_up(sequence)
+        if plan.forks:
+            self._fork(plan.forks)
+        program = self._programs.steps[batch.format.bucket]
+        self._state, outputs = program(self._parameters, self._state, batch.ints, batch.floats)
+        return StepHandle(outputs, batch)
+
+    def reset(self) -> None:
+        """Starts over with empty lanes and an empty arena; a failed step has lost every donated array."""
+        self._state = allocate_state(self._shapes, self._vocab_size)
+        self._set_up_lanes.clear()
+
+    def close(self) -> None:
+        """Frees the device's memory now; the runner cannot be used afterwards."""
+        for array in jax.tree.leaves((self._state, self._parameters)):
+            if not array.is_deleted():
+                array.delete()
+
+    def _set_up(self, sequence: Sequence) -> None:
+        """Installs biases and masked stops, and clears what an earlier sequence of the lane left."""
+        params = sequence.request.params
+        bias = params.logit_bias
+        stops = sorted(sequence.stop_ids) if params.min_tokens else []
+        if not (bias or stops or sequence.lane in self._set_up_lanes):
+            return
+        ids = _padded(bias, MAX_LOGIT_BIASES, self._vocab_size)
+        values = np.zeros(MAX_LOGIT_BIASES, np.float32)
+        values[: len(bias)] = list(bias.values())
+        setup = LaneSetup(
+            np.int32(sequence.lane), ids, values, _padded(stops, MAX_MASKED_STOPS, self._vocab_size)  # type: ignore[arg-type]
+        )
+        self._state = self._programs.lane_setup(self._state, setup)
+        self._set_up_lanes.discard(sequence.lane)
+        if bias or stops:
+            self._set_up_lanes.add(sequence.lane)
+
+    def _fork(self, forks: tuple[Fork, ...]) -> None:
+        for begin in range(0, len(forks), FORKS_A_CALL):
+            copies = no_forks(len(self._shapes.tables), self._num_lanes)
+            for place, fork in enumerate(forks[begin : begin + FORKS_A_CALL]):
+                copies.source_lanes[place], copies.target_lanes[place] = fork.source, fork.target  # type: ignore[index]
+                inherits = self._set_up_lanes.add if fork.source in self._set_up_lanes else self._set_up_lanes.discard
+                inherits(fork.target)
+                for group, source, target in fork.copies:
+                    copies.source_pages[group, place] = source  # type: ignore[index]
+                    copies.target_pages[group, place] = target  # type: ignore[index]
+            self._state = self._programs.forks(self._state, copies)
+
+
+def _padded(ids: Iterable[int], size: int, fill: int) -> np.ndarray:
+    padded = np.full(size, fill, np.int32)
+    given = list(ids)
+    padded[: len(given)] = given
+    return padded
+
+
+def _logprobs(outputs: TopLogprobs) -> Logprobs:
+    return Logprobs(*(np.asarray(part) for part in outputs))

@@ -1,0 +1,70 @@
+"""One attention layer over the arena: write the new K/V, then attend; the only place that enters ``shard_map``.
+
+Owns: the partition of the arguments over chips. Must never: know a model family, or look inside a page.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+from jax.sharding import Mesh, PartitionSpec
+
+from hkv_jax.array_types import ArenaArray, BlockTables, Queries
+from hkv_jax.model.kv_arena import write_kv
+from hkv_jax.model.xla_attention import AttentionInputs, AttentionSpec, StepRows, paged_attention
+from hkv_jax.sharding import MODEL_AXIS, OVER_CHIPS, OVER_HEADS, REPLICATED
+
+
+@dataclasses.dataclass(frozen=True)
+class GroupStep:
+    """What every layer of a group shares in one step: static spec, tables i32[Z, M], slots i32[T], rows."""
+
+    spec: AttentionSpec
+    tables: BlockTables
+    slots: jax.Array
+    rows: StepRows
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerArrays:
+    """One layer's own: its index in the group, q [T, H, D], k and v [T, K, D], sinks f32[H] or None."""
+
+    layer: jax.Array | int
+    queries: Queries
+    keys: jax.Array
+    values: jax.Array
+    sinks: jax.Array | None = None
+
+
+def write_and_attend(
+    mesh: Mesh, step: GroupStep, layer: LayerArrays, arena: ArenaArray, has_prefill: bool
+) -> tuple[Queries, ArenaArray]:
+    """Writes the layer's new keys and values to their slots and attends.
+
+    New K/V is rounded to the KV dtype before either use, so that where a key comes from changes nothing.
+
+    Returns:
+        outputs [T, H, D] in the dtype of the queries, and the arena.
+    """
+    spec = step.spec
+    keys, values = layer.keys.astype(spec.kv_dtype), layer.values.astype(spec.kv_dtype)
+    index = jax.numpy.asarray(layer.layer, jax.numpy.int32)
+    sink_partition = None if layer.sinks is None else PartitionSpec(MODEL_AXIS)
+
+    def local(
+        inputs: AttentionInputs, slots: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        # Written first, so that reading depends on the write: the other order makes XLA copy the arena.
+        arena = write_kv(inputs.arena, spec.format, inputs.layer, slots, (inputs.keys, inputs.values))
+        return paged_attention(spec, inputs._replace(arena=arena), has_prefill), arena
+
+    rows = StepRows(*(REPLICATED for _ in StepRows._fields))
+    partitions = AttentionInputs(
+        OVER_HEADS, OVER_HEADS, OVER_HEADS, OVER_CHIPS, REPLICATED, REPLICATED, rows, sink_partition
+    )
+    mapped = jax.shard_map(
+        local, mesh=mesh, in_specs=(partitions, REPLICATED), out_specs=(OVER_HEADS, OVER_CHIPS), check_vma=False
+    )
+    inputs = AttentionInputs(layer.queries, keys, values, arena, index, step.tables, step.rows, layer.sinks)
+    return mapped(inputs, step.slots)

@@ -1,0 +1,39 @@
+"""Products with weights in the checkpoint's [out, in] layout, in the form each platform runs fastest.
+
+The forms and their figures for XLA's CPU backend are in docs/benchmarks.md. Results are accumulated in float32: a bfloat16
+result is 3 to 9 times slower on CPU. Must never: hold weights.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+CHUNKS = 16
+MAX_CHUNKED_ROWS = 32
+
+
+def project(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """x [T, in] by weight [out, in]: f32[T, out]."""
+    if _few_rows_on_cpu(x, weight) and weight.shape[0] % CHUNKS == 0:
+        chunked = weight.reshape(CHUNKS, -1, weight.shape[1])
+        product = jnp.einsum("tk,cnk->ctn", _at_least_two_rows(x), chunked, preferred_element_type=jnp.float32)
+        return product.transpose(1, 0, 2).reshape(product.shape[1], -1)[: x.shape[0]]
+    return jnp.einsum("tk,nk->tn", x, weight, preferred_element_type=jnp.float32)
+
+
+def project_to_vocabulary(x: jax.Array, embedding: jax.Array) -> jax.Array:
+    """x [S, E] by the embedding [V, E]: f32[S, V]. On CPU the large operand goes first."""
+    if _few_rows_on_cpu(x, embedding):
+        product = jnp.einsum("vk,sk->vs", embedding, _at_least_two_rows(x), preferred_element_type=jnp.float32)
+        return product.T[: x.shape[0]]
+    return jnp.einsum("sk,vk->sv", x, embedding, preferred_element_type=jnp.float32)
+
+
+def _few_rows_on_cpu(x: jax.Array, weight: jax.Array) -> bool:
+    return jax.default_backend() == "cpu" and weight.dtype == jnp.bfloat16 and x.shape[0] <= MAX_CHUNKED_ROWS
+
+
+def _at_least_two_rows(x: jax.Array) -> jax.Array:
+    # XLA's CPU backend takes a matrix-vector path for one bfloat16 row, 5 to 6 times slower than two rows.
+    return x if x.shape[0] > 1 else jnp.pad(x, ((0, 1), (0, 0)))

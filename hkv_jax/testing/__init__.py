@@ -1,0 +1,1 @@
+"""Doubles that the tests of hkv-jax and of its users share."""
