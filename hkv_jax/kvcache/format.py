@@ -1,6 +1,6 @@
 """The shape and size of a page, the part of a KV block that belongs to one layer.
 
-Owns: page layouts, the arithmetic from shapes to bytes, default block sizes. Must never: import jax or know the budget.
+Owns: page layouts, NO_SLOT, the arithmetic from shapes to bytes, default block sizes. Must never: import jax or know the budget.
 
 Axis letters: P token slots per block, K kv heads on one chip, D head dim, C planes of a page.
 """
@@ -17,6 +17,9 @@ from hkv_jax.spec import KVGroupSpec, LayerKind
 
 NO_SLOT = 2**31 - 1
 """The slot of a token whose K/V goes nowhere. Tested before any arithmetic: ``NO_SLOT + 1`` wraps."""
+
+NO_SLOT = 2**31 - 1
+"""The slot of a token whose K/V goes nowhere. Tested before any arithmetic: ``NO_SLOT + 1`` wraps in i32."""
 
 LANES = 128
 """Elements of one row of a plane: the width of a TPU vector register."""

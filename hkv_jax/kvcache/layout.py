@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hkv_jax.errors import ConfigError
-from hkv_jax.kvcache.format import KVFormat, PageLayout, choose_block_sizes, kv_heads_per_chip
+from hkv_jax.kvcache.format import NO_SLOT, KVFormat, PageLayout, choose_block_sizes, kv_heads_per_chip
 from hkv_jax.kvcache.partition import Partition, PoolNeed, partition_budget, smallest_budget
 from hkv_jax.spec import KVGroupSpec
 
@@ -23,9 +23,6 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_EXPECTED_LENGTH = 8192
 """Expected tokens of a sequence when nobody says, or eight times the largest window where that is more."""
-
-NO_SLOT = 2**31 - 1
-"""The slot of a token whose K/V goes nowhere; slots are i32 on the device, so an arena has fewer slots than that."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -383,6 +380,7 @@ def _table_width(group: KVGroupSpec, block_size: int, max_model_len: int) -> int
 def _check_addresses(layout: KVLayout) -> None:
     for group in layout.groups:
         arena = layout.arenas[group.arena]
+        # Slots are i32 on the device, and the largest value is no slot.
         num_slots = arena.num_slabs * group.pages_per_slab * group.format.block_size
         if num_slots >= NO_SLOT:
             most = arena.total_bytes * (NO_SLOT - 1) // num_slots
