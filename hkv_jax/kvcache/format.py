@@ -1,6 +1,7 @@
 """The shape and size of a page, the part of a KV block that belongs to one layer.
 
-Owns: page layouts, NO_SLOT, the arithmetic from shapes to bytes, default block sizes. Must never: import jax or know the budget.
+Owns: page layouts, NO_SLOT, the arithmetic from shapes to bytes, default block sizes. Must never: import jax or
+know the budget.
 
 Axis letters: P token slots per block, K kv heads on one chip, D head dim, C planes of a page.
 """

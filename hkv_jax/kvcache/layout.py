@@ -378,13 +378,13 @@ def _table_width(group: KVGroupSpec, block_size: int, max_model_len: int) -> int
 
 
 def _check_addresses(layout: KVLayout) -> None:
+    """Slots and rows of an arena are i32 on the device, and the largest value is no slot."""
     for group in layout.groups:
         arena = layout.arenas[group.arena]
-        # Slots are i32 on the device, and the largest value is no slot.
-        num_slots = arena.num_slabs * group.pages_per_slab * group.format.block_size
-        if num_slots >= NO_SLOT:
-            most = arena.total_bytes * (NO_SLOT - 1) // num_slots
+        num_rows = arena.num_slabs * group.pages_per_slab * group.format.rows_per_page
+        if num_rows >= NO_SLOT:
+            most = arena.total_bytes * (NO_SLOT - 1) // num_rows
             raise ConfigError(
-                f"kv_cache_memory: an arena of {arena.total_bytes} bytes per device has {num_slots} token slots of "
-                f"group {group.spec.name}, more than {NO_SLOT - 1} can be addressed; give at most {most} bytes"
+                f"kv_cache_memory: an arena of {arena.total_bytes} bytes per device has {num_rows} rows of group "
+                f"{group.spec.name}, more than the {NO_SLOT - 1} that can be addressed; give at most {most} bytes"
             )

@@ -170,10 +170,6 @@ class CacheManager:
         """Whether a new lane could compute a sequence of that many tokens with the blocks that are free now."""
         return all(group.layout.blocks_of_sequence(num_tokens) <= group.pool.num_free for group in self._groups)
 
-    def has_room(self, num_tokens: int) -> bool:
-        """Whether the free blocks suffice for one more sequence on its way to that many tokens."""
-        return all(group.layout.blocks_of_sequence(num_tokens) <= group.pool.num_free for group in self._groups)
-
     def hand_over_slab(self, source: int, target: int) -> bool:
         """Moves a slab without a used block from group ``source`` to group ``target``.
 
