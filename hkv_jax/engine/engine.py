@@ -106,29 +106,29 @@ class Engine:
 
         Raises:
             StepFailedError: that happened several times in a row. The engine can go on.
+            AssertionError: an invariant is broken. It cannot.
         """
         plan = self.scheduler.schedule()
-        previous = self._in_flight
-        failing = plan
+        previous, self._in_flight = self._in_flight, None
+        if plan is not None:
+            batch = build(plan, self.cache, self.scheduler.lanes, self._runner.buckets.choose(plan))
+            try:
+                self._in_flight = _InFlight(plan, self._runner.dispatch(plan, batch))
+            except Exception as error:
+                return self._recover(plan, error)
+        if previous is None:
+            return []
         try:
-            self._in_flight = None if plan is None else self._dispatch(plan)
-            if previous is None:
-                return []
-            failing = previous.plan
             result = previous.handle.read()
         except Exception as error:
-            assert failing is not None
-            self._recover(failing, error)
-            return []
+            return self._recover(previous.plan, error)
         self._num_failures = 0
         return self.scheduler.commit(previous.plan, result)
 
-    def _dispatch(self, plan: StepPlan) -> _InFlight:
-        batch = build(plan, self.cache, self.scheduler.lanes, self._runner.buckets.choose(plan))
-        return _InFlight(plan, self._runner.dispatch(plan, batch))
-
-    def _recover(self, failing: StepPlan, error: Exception) -> None:
+    def _recover(self, failing: StepPlan, error: Exception) -> list[TokenEvent]:
         """Starts over without the steps in flight, and without the requests of a step that keeps failing."""
+        if isinstance(error, AssertionError):
+            raise error  # a broken invariant: trying again would hide it
         self._num_failures += 1
         logger.exception("a step failed (attempt %d of %d); starting over", self._num_failures, MAX_ATTEMPTS)
         self._in_flight = None
@@ -140,3 +140,4 @@ class Engine:
             for request_id in request_ids:
                 self.scheduler.abort(request_id)
             raise StepFailedError(request_ids) from error
+        return []

@@ -1,0 +1,80 @@
+"""A whole engine without a device, for tests of scheduling and of everything above the engine."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from hkv_jax.engine.buckets import Buckets
+from hkv_jax.engine.engine import Engine
+from hkv_jax.engine.scheduler import Scheduler, SchedulerConfig
+from hkv_jax.kvcache.format import PageLayout
+from hkv_jax.kvcache.layout import KVLayout, LayoutRequest, plan_layout
+from hkv_jax.kvcache.manager import CacheManager
+from hkv_jax.spec import KVGroupSpec, LayerKind
+from hkv_jax.testing.fake_runner import FakeRunner
+
+
+def global_group(num_layers: int = 1) -> KVGroupSpec:
+    """A small group of layers that attend to everything."""
+    return KVGroupSpec("global", LayerKind.GLOBAL, None, 1, 8, tuple(range(num_layers)))
+
+
+def sliding_group(window: int, num_layers: int = 2, name: str = "sliding") -> KVGroupSpec:
+    """A small group of layers that attend to ``window`` tokens; its pages are larger than those of ``global_group``."""
+    return KVGroupSpec(name, LayerKind.SLIDING, window, 2, 8, tuple(range(num_layers)))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FakeEngineConfig:
+    """Limits of a fake engine, named as the real options; blocks are small, so that much happens in few steps."""
+
+    groups: tuple[KVGroupSpec, ...] = (global_group(), sliding_group(10))
+    kv_cache_memory: int = 2**20
+    kv_partition: str = "moving"
+    block_size: tuple[tuple[str, int], ...] = (("global", 8), ("sliding", 4))
+    max_model_len: int = 128
+    max_num_seqs: int = 8
+    max_num_batched_tokens: int = 32
+    max_prefill_chunk: int = 32
+    vocab_size: int = 97
+
+    def layout(self) -> KVLayout:
+        """The cache's layout for these limits."""
+        kinds = {str(group.kind) for group in self.groups}
+        return plan_layout(
+            LayoutRequest(
+                groups=self.groups,
+                budget_bytes=self.kv_cache_memory,
+                max_model_len=self.max_model_len,
+                config_max_len=self.max_model_len,
+                expected_average_seq_length=None,
+                block_sizes={name: size for name, size in self.block_size if name in kinds},
+                partition=self.kv_partition,
+                page_layout=PageLayout.ROWS,
+                itemsize=4,
+                tensor_parallel=1,
+                max_chunk=self.max_prefill_chunk,
+                max_num_seqs=self.max_num_seqs,
+            )
+        )
+
+    def scheduler_config(self) -> SchedulerConfig:
+        """The scheduler's part of them."""
+        return SchedulerConfig(
+            self.max_num_seqs,
+            self.max_num_batched_tokens,
+            self.max_prefill_chunk,
+            self.max_model_len,
+            self.vocab_size,
+        )
+
+
+def fake_engine(config: FakeEngineConfig | None = None) -> Engine:
+    """An idle engine over a ``FakeRunner``."""
+    config = config or FakeEngineConfig()
+    layout = config.layout()
+    cache = CacheManager(layout, config.max_num_seqs)
+    sizes = [group.format.block_size for group in layout.groups]
+    buckets = Buckets(config.max_num_seqs, config.max_num_batched_tokens, sizes)
+    runner = FakeRunner(layout, buckets, config.max_num_seqs, config.vocab_size)
+    return Engine(Scheduler(config.scheduler_config(), cache), cache, runner)
