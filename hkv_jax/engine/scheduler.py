@@ -69,7 +69,7 @@ class _Draft:
 
 
 class Scheduler:
-    """Decides each step and takes its tokens.
+    """Decides each step and takes its tokens. ``num_preemptions`` counts them since the start.
 
     Invariants. S1: a sequence has computed between 0 and all of its tokens. S2: it is in exactly one state, and only
     where
@@ -82,6 +82,7 @@ class Scheduler:
         """An idle scheduler over a ``cache`` of ``config.max_num_seqs`` closed lanes."""
         self.config = config
         self.lanes = Lanes(config.max_num_seqs)
+        self.num_preemptions = 0
         self._cache = cache
         self._chunk_multiple = cache.layout.largest_block_size
         self._requests: dict[str, list[Sequence]] = {}
@@ -301,6 +302,7 @@ class Scheduler:
     def _preempt(self, sequence: Sequence, draft: _Draft) -> None:
         """Back to the queue; a token that is drawn but not read comes first, then all is computed again."""
         sequence.in_flight = max(0, int(self.lanes.positions[sequence.lane]) + 1 - sequence.num_tokens)
+        self.num_preemptions += 1
         draft.forks = [fork for fork in draft.forks if fork.target != sequence.lane]
         self._release_lane(sequence)
         self._enqueue_again(sequence)
