@@ -7,7 +7,7 @@ import re
 import sys
 import tomllib
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from packaging.markers import default_environment
@@ -28,7 +28,7 @@ CONSTRAINED = {
 
 def pins(file_name: str) -> dict[str, str]:
     """Distribution → version of a constraints file; every line must be an exact pin that holds everywhere."""
-    pinned = {}
+    pinned: dict[str, str] = {}
     for line in (ROOT / file_name).read_text(encoding="utf-8").splitlines():
         if not line or line.startswith("#"):
             continue
@@ -61,7 +61,7 @@ def all_requirements(extras: tuple[str, ...]) -> set[str]:
                 brought = importlib.metadata.requires(requirement.name) or []
             except importlib.metadata.PackageNotFoundError:
                 continue
-            environment = {**default_environment(), "extra": extra}
+            environment = {**cast("dict[str, str]", default_environment()), "extra": extra}
             children = [Requirement(line) for line in brought]
             waiting += [child for child in children if child.marker is None or child.marker.evaluate(environment)]
     return {name for name, _ in found}
@@ -87,11 +87,11 @@ def test_pins_lie_in_the_ranges_of_the_project(file_name: str) -> None:
 def test_the_oldest_set_is_the_lower_end_of_the_ranges() -> None:
     """What the ranges promise for the packages that set the pace is what the oldest run tests."""
     pinned = pins("constraints-oldest.txt")
-    floors = {}
+    floors: dict[str, list[str]] = {}
     for requirement in direct_requirements(()):
         floors[canonicalize_name(requirement.name)] = [s.version for s in requirement.specifier if s.operator == ">="]
     for name in ("jax", "jaxlib", "flax", "orbax-checkpoint", "numpy"):
-        assert floors[name] == [pinned[name]], f"{name}: pyproject.toml promises {floors[name]}, tested is {pinned[name]}"
+        assert floors[name] == [pinned[name]], f"{name}: promised {floors[name]}, tested {pinned[name]}"
 
 
 def test_supported_pythons() -> None:
