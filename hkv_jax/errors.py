@@ -6,12 +6,13 @@ HkvError
 ├── CheckpointError       missing, misshapen or truncated parameter      exit 2 at start
 ├── RequestError          this request can never be served               INVALID_ARGUMENT
 ├── OverloadedError       the queue is full; a retry may succeed         RESOURCE_EXHAUSTED
-└── EngineStoppedError    the engine thread has ended                    UNAVAILABLE
+├── EngineStoppedError    the engine thread has ended                    UNAVAILABLE
+└── InternalError         a defect, or a failing device                  INTERNAL
 ```
 
-A shortage of blocks is a return value, never an exception; misuse of an internal interface is a plain Python exception; a
-broken invariant is an ``AssertionError``. Messages name the field, the value, the limit and the remedy; they never
-contain prompt text or token ids.
+A shortage of blocks is a return value, never an exception; misuse of an internal interface is a plain Python
+exception; a broken invariant is an ``AssertionError``. Messages name the field, the value, the limit and the remedy;
+they never contain prompt text or token ids.
 """
 
 
@@ -37,3 +38,14 @@ class OverloadedError(HkvError):
 
 class EngineStoppedError(HkvError):
     """The engine thread has ended; no request can be served by it any more."""
+
+
+class InternalError(HkvError):
+    """A request was given up because of a defect or a failing device; the log has the details under ``error_id``.
+
+    A client learns the id, never the cause: that may hold what is none of its business.
+    """
+
+    def __init__(self, error_id: str) -> None:
+        super().__init__(f"internal error {error_id}")
+        self.error_id = error_id

@@ -1,7 +1,7 @@
 """How the tokens of one request are drawn: the options a client may set, and what is wrong with those it set badly.
 
-Owns: names, defaults, ranges and their error messages. Must never: import jax, or know a model (limits that depend on one,
-such as the vocabulary, are checked where the model is known: ``SamplingParams.check_for_model``).
+Owns: names, defaults, ranges and their error messages. Must never: import jax, or know a model (limits that depend on
+one, such as the vocabulary, are checked where the model is known: ``SamplingParams.check_for_model``).
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
+from typing import Any, Self
 
 from hkv_jax.errors import RequestError
 
@@ -18,12 +19,16 @@ MAX_LOGIT_BIASES = 300
 MAX_LOGIT_BIAS = 100.0
 MAX_PENALTY = 2.0
 MAX_STOP_STRINGS = 16
+MAX_STOP_STRING_LENGTH = 1024
 MAX_STOP_TOKEN_IDS = 128
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
     """Options of one request; every field has the meaning vLLM gives it.
+
+    A field that is left out is *unset*: it has the default below until ``with_defaults`` puts the model's value there.
+    Change a copy by ``replace``, which keeps the others unset; ``dataclasses.replace`` would set them all.
 
     Attributes:
         max_tokens: output tokens, at least 1; ``None``: until a stop or the engine's ``max_model_len``.
@@ -35,9 +40,11 @@ class SamplingParams:
         repetition_penalty: > 0, over prompt and output.
         presence_penalty, frequency_penalty: in [-2, 2], over output.
         logit_bias: token id → value in [-100, 100], added to the logits; at most 300.
-        seed: 0 … 2**63 - 1; ``None``: drawn by the engine. Draws are a function of (seed, sample, output position) alone.
+        seed: 0 … 2**63 - 1; ``None``: drawn by the engine. Draws are a function of (seed, sample, output position)
+            alone.
         n: samples of one prompt, 1 … 64.
-        stop: strings that end the text, at most 16; the text is cut before the string.
+        stop: strings that end the text, at most 16 of at most 1024 characters; the text is cut before the string.
+            Looked for once ``min_tokens`` were drawn; needs ``detokenize``.
         include_stop_str_in_output: cut after it instead.
         stop_token_ids: ids that end the output beside the model's own, at most 128.
         ignore_eos: the model's own stop ids do not stop.
@@ -45,6 +52,7 @@ class SamplingParams:
         prompt_logprobs: the same for prompt tokens.
         detokenize: fill ``text``.
         skip_special_tokens: leave special tokens out of ``text``.
+        set_fields: names of the fields that were given; makes no difference to equality.
 
     Raises:
         RequestError: a value is out of range; the message names field, value and range.
@@ -70,9 +78,16 @@ class SamplingParams:
     prompt_logprobs: int | None = None
     detokenize: bool = True
     skip_special_tokens: bool = True
+    set_fields: frozenset[str] = dataclasses.field(init=False, repr=False, compare=False)
+
+    def __new__(cls, **fields: Any) -> Self:  # noqa: D102 (only it sees which were given)
+        params = object.__new__(cls)
+        object.__setattr__(params, "set_fields", frozenset(fields))
+        return params
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
+        stop: object = self.stop
+        object.__setattr__(self, "stop", (stop,) if isinstance(stop, str) else tuple(self.stop))
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
         object.__setattr__(self, "logit_bias", dict(self.logit_bias))
         self._check_counts()
@@ -84,6 +99,24 @@ class SamplingParams:
     def greedy(self) -> bool:
         """Whether the most likely token is taken instead of drawing."""
         return self.temperature == 0
+
+    def replace(self, **changes: Any) -> SamplingParams:
+        """A copy with some fields set to new values.
+
+        Raises:
+            RequestError: a value is out of range, or does not go with the others.
+        """
+        values = {name: getattr(self, name) for name in self.set_fields}
+        return SamplingParams(**{**values, **changes})
+
+    def with_defaults(self, defaults: Mapping[str, Any]) -> SamplingParams:
+        """A copy whose unset fields have the values in ``defaults`` (field name → value), where there is one.
+
+        Raises:
+            RequestError: a default is out of range, or does not go with a field that is set.
+        """
+        values = {name: value for name, value in defaults.items() if name not in self.set_fields}
+        return self.replace(**values) if values else self
 
     def check_for_model(self, vocab_size: int) -> None:
         """Checks what depends on the vocabulary.
@@ -121,6 +154,10 @@ class SamplingParams:
         _require(len(self.stop) <= MAX_STOP_STRINGS, "stop", len(self.stop), f"at most {MAX_STOP_STRINGS} strings")
         for text in self.stop:
             _require(isinstance(text, str) and text != "", "stop", text, "non-empty strings")
+            limit = f"strings of at most {MAX_STOP_STRING_LENGTH} characters"
+            _require(len(text) <= MAX_STOP_STRING_LENGTH, "stop", f"a string of {len(text)}", limit)
+        if self.stop and not self.detokenize:
+            raise RequestError("stop is set and detokenize is false; stop strings are found in the text only")
         limit = f"at most {MAX_STOP_TOKEN_IDS} ids"
         _require(len(self.stop_token_ids) <= MAX_STOP_TOKEN_IDS, "stop_token_ids", len(self.stop_token_ids), limit)
         for token_id in self.stop_token_ids:

@@ -56,6 +56,21 @@ class SchedulerConfig:
                 f"{self.max_num_seqs}, since every running sequence takes a token of each step"
             )
 
+    def check(self, request: Request) -> None:
+        """Refuses what could never be served.
+
+        Raises:
+            RequestError: the prompt is too long, or an id is outside the vocabulary.
+        """
+        limit = self.max_model_len
+        if request.prompt_len >= limit:
+            raise RequestError(
+                f"the prompt has {request.prompt_len} tokens; max_model_len {limit} leaves room for at most {limit - 1}"
+            )
+        if int(request.prompt.max()) >= self.vocab_size:
+            raise RequestError(f"the prompt holds an id outside the vocabulary; ids are 0 to {self.vocab_size - 1}")
+        request.params.check_for_model(self.vocab_size)
+
 
 @dataclasses.dataclass(slots=True)
 class _Draft:
@@ -113,7 +128,9 @@ class Scheduler:
         Raises:
             RequestError: it could never be served: too long, ids outside the vocabulary, or its id is in use.
         """
-        self._check(request)
+        if request.request_id in self._requests:
+            raise RequestError(f"request_id {request.request_id!r} is in use; choose another")
+        self.config.check(request)
         arrival = next(self._arrivals)
         samples = range(request.params.n)
         sequences = [Sequence.create(request, sample, arrival, self.config.max_model_len) for sample in samples]
@@ -185,18 +202,6 @@ class Scheduler:
         assert num_running == self.lanes.num_running, "S2: a lane without a living sequence"
         assert all(sequence.state is SequenceState.RUNNING for sequence in self._prefilling), "S2"
         self._cache.check_invariants()
-
-    def _check(self, request: Request) -> None:
-        limit, vocab_size = self.config.max_model_len, self.config.vocab_size
-        if request.request_id in self._requests:
-            raise RequestError(f"request_id {request.request_id!r} is in use; choose another")
-        if request.prompt_len >= limit:
-            raise RequestError(
-                f"the prompt has {request.prompt_len} tokens; max_model_len {limit} leaves room for at most {limit - 1}"
-            )
-        if int(request.prompt.max()) >= vocab_size:
-            raise RequestError(f"the prompt holds an id outside the vocabulary; ids are 0 to {vocab_size - 1}")
-        request.params.check_for_model(vocab_size)
 
     def _retire_ending(self) -> None:
         """Frees those whose last token the step in flight draws: the device runs that step before any that follows."""
