@@ -98,7 +98,7 @@ class Bench:
         params = SamplingParams(seed=0, ignore_eos=True)
         for number in range(self.cell.running + self.cell.waiting):
             # Lengths differ, so that requests begin new blocks at different steps, as they do in life.
-            length = self.cell.context - 64 + (number * 37) % 64
+            length = self.cell.context - 64 + (number * 37) % 64 if number < self.cell.running else 64
             self._scheduler.add(Request.create(str(number), ids[:length], params))
         while self._in_flight is None or self._in_flight.chunks:
             self.step()

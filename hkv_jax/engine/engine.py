@@ -78,6 +78,11 @@ class Engine:
         self._num_failures = 0
 
     @property
+    def buckets(self) -> Buckets:
+        """The step shapes of the runner."""
+        return self._runner.buckets
+
+    @property
     def has_work(self) -> bool:
         """Whether ``step`` has anything to do."""
         return self._in_flight is not None or self.scheduler.has_work
@@ -111,7 +116,7 @@ class Engine:
         plan = self.scheduler.schedule()
         previous, self._in_flight = self._in_flight, None
         if plan is not None:
-            batch = build(plan, self.cache, self.scheduler.lanes, self._runner.buckets.choose(plan))
+            batch = build(plan, self.cache, self.scheduler.lanes, self.buckets.choose(plan))
             try:
                 self._in_flight = _InFlight(plan, self._runner.dispatch(plan, batch))
             except Exception as error:

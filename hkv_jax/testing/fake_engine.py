@@ -7,6 +7,7 @@ import dataclasses
 from hkv_jax.engine.buckets import Buckets
 from hkv_jax.engine.engine import Engine
 from hkv_jax.engine.scheduler import Scheduler, SchedulerConfig
+from hkv_jax.engine.token_event import TokenEvent
 from hkv_jax.kvcache.format import PageLayout
 from hkv_jax.kvcache.layout import KVLayout, LayoutRequest, plan_layout
 from hkv_jax.kvcache.manager import CacheManager
@@ -78,3 +79,21 @@ def fake_engine(config: FakeEngineConfig | None = None) -> Engine:
     buckets = Buckets(config.max_num_seqs, config.max_num_batched_tokens, sizes)
     runner = FakeRunner(layout, buckets, config.max_num_seqs, config.vocab_size)
     return Engine(Scheduler(config.scheduler_config(), cache), cache, runner)
+
+
+def run_to_end(engine: Engine) -> dict[tuple[str, int], list[TokenEvent]]:
+    """Steps until nothing is left to do, with the invariants checked after every step.
+
+    Returns the events of each sample, by request id and sample.
+
+    Raises:
+        AssertionError: an invariant broke, or something holds blocks although nothing runs.
+    """
+    events: dict[tuple[str, int], list[TokenEvent]] = {}
+    while engine.has_work:
+        for event in engine.step():
+            key = event.sequence.request.request_id, event.sequence.sample
+            events.setdefault(key, []).append(event)
+        engine.scheduler.check_invariants()
+    assert all(pool.used_blocks == 0 for pool in engine.cache.stats()), "M2: blocks are held by nobody"
+    return events
