@@ -11,9 +11,10 @@ import dataclasses
 import numpy as np
 from numpy.typing import NDArray
 
-from hkv_jax.engine.batch_format import NO_SLOT, NO_TOKEN, BatchFormat, StepFields
+from hkv_jax.engine.batch_format import NO_TOKEN, BatchFormat, StepFields
 from hkv_jax.engine.lanes import Lanes
 from hkv_jax.engine.plan import Chunk, StepPlan
+from hkv_jax.kvcache.format import NO_SLOT
 from hkv_jax.kvcache.manager import CacheManager
 
 
