@@ -6,13 +6,13 @@ Owns: the bridge from the output thread to an event loop. Must never: block the 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 
 from hkv_jax.engine.outbox import RequestStream
 from hkv_jax.outputs import StreamDelta
 
 
-async def deltas_of(stream: RequestStream) -> AsyncIterator[StreamDelta]:
+async def deltas_of(stream: RequestStream) -> AsyncGenerator[StreamDelta, None]:
     """Deltas until the request ends, like iterating over ``stream``; one that is left early is aborted.
 
     Leave it with ``contextlib.aclosing``, or the abort waits for the garbage collector.
