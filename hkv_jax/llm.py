@@ -238,14 +238,9 @@ def _as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     """A list of prompts, whatever form they came in; a list of ids is one prompt."""
     if isinstance(prompts, str):
         return [prompts]
-    batch = list(prompts)
-    if batch and all(hasattr(item, "__index__") for item in batch):
+    batch: list[Any] = list(prompts)
+    if batch and all(hasattr(item, "__index__") and not hasattr(item, "__len__") for item in batch):
         return [batch]
-    for index, prompt in enumerate(batch):
-        if not isinstance(prompt, str | Sequence) and not hasattr(prompt, "__array__"):
-            raise RequestError(
-                f"prompts[{index}] is a {type(prompt).__name__}; a prompt is text or a list of token ids"
-            )
     return batch
 
 

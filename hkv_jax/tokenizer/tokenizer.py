@@ -6,6 +6,7 @@ vocabulary of a large model takes a second to read). A folder without a tokenize
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -125,8 +126,9 @@ class Tokenizer:
             RequestError: the folder has no tokenizer.
             ConfigError: its file is broken, or has a decoder that is not supported.
         """
-        rules = DecoderRules.from_json(read_json(self._folder / _TOKENIZER_FILE).get("decoder"))
         fast = self._fast
+        # The decoder's own JSON: reading the file again would take as long as loading it.
+        rules = DecoderRules.from_json(json.loads(fast.decoder.__getstate__()) if fast.decoder is not None else None)
         special = {token_id for token_id, token in fast.get_added_tokens_decoder().items() if token.special}
         special.update(
             token_id for text in self._special_tokens.values() if (token_id := fast.token_to_id(text)) is not None
