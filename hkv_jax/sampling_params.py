@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Self
 
 from hkv_jax.errors import RequestError
@@ -86,10 +86,10 @@ class SamplingParams:
         return params
 
     def __post_init__(self) -> None:
-        stop: object = self.stop
-        object.__setattr__(self, "stop", (stop,) if isinstance(stop, str) else tuple(self.stop))
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
-        object.__setattr__(self, "logit_bias", dict(self.logit_bias))
+        stop: Any = self.stop
+        object.__setattr__(self, "stop", (stop,) if isinstance(stop, str) else tuple(stop or ()))
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
+        object.__setattr__(self, "logit_bias", dict(self.logit_bias or {}))
         self._check_counts()
         self._check_numbers()
         self._check_stops()
@@ -142,13 +142,12 @@ class SamplingParams:
             _check_int("prompt_logprobs", self.prompt_logprobs, 0, MAX_LOGPROBS)
 
     def _check_numbers(self) -> None:
-        _check_float("temperature", self.temperature, self.temperature >= 0, "a finite number, at least 0")
-        _check_float("top_p", self.top_p, 0 < self.top_p <= 1, "above 0, at most 1")
-        _check_float("min_p", self.min_p, 0 <= self.min_p <= 1, "from 0 to 1")
-        _check_float("repetition_penalty", self.repetition_penalty, self.repetition_penalty > 0, "above 0")
+        _check_float("temperature", self.temperature, lambda value: value >= 0, "a finite number, at least 0")
+        _check_float("top_p", self.top_p, lambda value: 0 < value <= 1, "a number above 0, at most 1")
+        _check_float("min_p", self.min_p, lambda value: 0 <= value <= 1, "a number from 0 to 1")
+        _check_float("repetition_penalty", self.repetition_penalty, lambda value: value > 0, "a finite number above 0")
         for field in ("presence_penalty", "frequency_penalty"):
-            value = getattr(self, field)
-            _check_float(field, value, abs(value) <= MAX_PENALTY, "from -2 to 2")
+            _check_float(field, getattr(self, field), lambda value: abs(value) <= MAX_PENALTY, "a number from -2 to 2")
 
     def _check_stops(self) -> None:
         _require(len(self.stop) <= MAX_STOP_STRINGS, "stop", len(self.stop), f"at most {MAX_STOP_STRINGS} strings")
@@ -168,7 +167,7 @@ class SamplingParams:
         _require(len(self.logit_bias) <= MAX_LOGIT_BIASES, "logit_bias", len(self.logit_bias), limit)
         for token_id, value in self.logit_bias.items():
             _check_int("logit_bias", token_id, 0, None)
-            _check_float("logit_bias", value, abs(value) <= MAX_LOGIT_BIAS, "from -100 to 100")
+            _check_float("logit_bias", value, lambda bias: abs(bias) <= MAX_LOGIT_BIAS, "numbers from -100 to 100")
 
 
 def _require(ok: bool, field: str, value: object, allowed: str) -> None:
@@ -183,6 +182,6 @@ def _check_int(field: str, value: object, low: int, high: int | None) -> None:
     _require(low <= value and (high is None or value <= high), field, value, allowed)
 
 
-def _check_float(field: str, value: object, in_range: bool, allowed: str) -> None:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    _require(number and math.isfinite(float(value)) and in_range, field, value, allowed)  # type: ignore[arg-type]
+def _check_float(field: str, value: object, in_range: Callable[[float], bool], allowed: str) -> None:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    _require(number and math.isfinite(value) and in_range(value), field, value, allowed)  # type: ignore[arg-type]
