@@ -54,7 +54,8 @@ class LaneSetup(NamedTuple):
 
 class ForkCopies(NamedTuple):
     """A few forks: lanes i32[FORKS_A_CALL] each (target past the last lane: none); pages i32[groups, FORKS_A_CALL] each
-    (target NO_SLOT: nothing to copy)."""
+    (target NO_SLOT: nothing to copy).
+    """
 
     source_lanes: jax.Array
     target_lanes: jax.Array
@@ -114,7 +115,11 @@ def fork_lanes(state: DeviceState, forks: ForkCopies, layout: KVLayout, mesh: Me
             return copy_blocks(arena, fmt, sources, targets)
 
         mapped = jax.shard_map(
-            local, mesh=mesh, in_specs=(OVER_CHIPS, PartitionSpec(), PartitionSpec()), out_specs=OVER_CHIPS, check_vma=False
+            local,
+            mesh=mesh,
+            in_specs=(OVER_CHIPS, PartitionSpec(), PartitionSpec()),
+            out_specs=OVER_CHIPS,
+            check_vma=False,
         )
         arenas[group.arena] = mapped(arenas[group.arena], forks.source_pages[number], forks.target_pages[number])
     lanes = {name: take_over(getattr(state, name)) for name in DeviceState._fields if name not in ("arenas", "tables")}

@@ -58,8 +58,13 @@ class ProgramFactory:
     ) -> jax.stages.Lowered:
         """The step of one bucket; ``parameters`` and ``state`` are arrays or their shapes. The state is donated."""
         program = StepProgram(self._decoder, self._attention, batch_format)
-        buffers = (self._replicated((batch_format.num_ints,), np.int32), self._replicated((batch_format.num_floats,), np.float32))
-        return self._lower(program, (parameters, state, *buffers), donate=1, outputs=(_shardings(state), self._sharding()))
+        buffers = (
+            self._replicated((batch_format.num_ints,), np.int32),
+            self._replicated((batch_format.num_floats,), np.float32),
+        )
+        return self._lower(
+            program, (parameters, state, *buffers), donate=1, outputs=(_shardings(state), self._sharding())
+        )
 
     def lower_lane_setup(self, state: DeviceState) -> jax.stages.Lowered:
         """Installs one sequence's biases and masked stops."""
@@ -76,9 +81,13 @@ class ProgramFactory:
         lanes = self._replicated((FORKS_A_CALL,), np.int32)
         pages = self._replicated((len(self._layout.groups), FORKS_A_CALL), np.int32)
         program = partial(fork_lanes, layout=self._layout, mesh=self._decoder.mesh)
-        return self._lower(program, (state, ForkCopies(lanes, lanes, pages, pages)), donate=0, outputs=_shardings(state))
+        return self._lower(
+            program, (state, ForkCopies(lanes, lanes, pages, pages)), donate=0, outputs=_shardings(state)
+        )
 
-    def _lower(self, program: Callable[..., Any], arguments: tuple[Any, ...], donate: int, outputs: Any) -> jax.stages.Lowered:
+    def _lower(
+        self, program: Callable[..., Any], arguments: tuple[Any, ...], donate: int, outputs: Any
+    ) -> jax.stages.Lowered:
         with jax.default_matmul_precision(self._precision):
             return jax.jit(program, donate_argnums=donate, out_shardings=outputs).lower(*arguments)
 

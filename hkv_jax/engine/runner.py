@@ -101,7 +101,10 @@ class Runner:
         values = np.zeros(MAX_LOGIT_BIASES, np.float32)
         values[: len(bias)] = list(bias.values())
         setup = LaneSetup(
-            np.int32(sequence.lane), ids, values, _padded(stops, MAX_MASKED_STOPS, self._vocab_size)  # type: ignore[arg-type]
+            np.int32(sequence.lane),
+            ids,
+            values,
+            _padded(stops, MAX_MASKED_STOPS, self._vocab_size),  # type: ignore[arg-type]
         )
         self._state = self._programs.lane_setup(self._state, setup)
         self._set_up_lanes.discard(sequence.lane)

@@ -24,7 +24,8 @@ from hkv_jax.sharding import REPLICATED, named
 
 class StepOutputs(NamedTuple):
     """tokens i32[S]: what each row drew (0 where it draws nothing). logprobs over [S]; prompt_logprobs over [T], or over
-    [0] in decode buckets; both are zeros where no row asked."""
+    [0] in decode buckets; both are zeros where no row asked.
+    """
 
     tokens: jax.Array
     logprobs: TopLogprobs
@@ -151,9 +152,7 @@ def _shaped(logits: jax.Array, state: DeviceState, fields: StepFields) -> jax.Ar
         return per_lane.at[fields.lanes].get(mode="clip")
 
     biased = of_rows(state.bias_ids[:, 0]) < logits.shape[1]
-    penalised = (
-        (fields.repetition_penalty != 1) | (fields.presence_penalty != 0) | (fields.frequency_penalty != 0)
-    )
+    penalised = (fields.repetition_penalty != 1) | (fields.presence_penalty != 0) | (fields.frequency_penalty != 0)
     live = jnp.arange(fields.lanes.shape[0]) < fields.num_rows[0]
     needed = live & (biased | penalised | (fields.suppress_stops > 0))
 

@@ -52,9 +52,7 @@ def write_and_attend(
     index = jax.numpy.asarray(layer.layer, jax.numpy.int32)
     sink_partition = None if layer.sinks is None else PartitionSpec(MODEL_AXIS)
 
-    def local(
-        inputs: AttentionInputs, slots: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
+    def local(inputs: AttentionInputs, slots: jax.Array) -> tuple[jax.Array, jax.Array]:
         # Written first, so that reading depends on the write: the other order makes XLA copy the arena.
         arena = write_kv(inputs.arena, spec.format, inputs.layer, slots, (inputs.keys, inputs.values))
         return paged_attention(spec, inputs._replace(arena=arena), has_prefill), arena

@@ -56,7 +56,11 @@ def as_values(stored: jax.Array, kv_dtype: jnp.dtype) -> jax.Array:
 
 
 def write_kv(
-    arena: ArenaArray, fmt: KVFormat, layer: jax.Array | int, slots: jax.Array, keys_values: tuple[KeysValues, KeysValues]
+    arena: ArenaArray,
+    fmt: KVFormat,
+    layer: jax.Array | int,
+    slots: jax.Array,
+    keys_values: tuple[KeysValues, KeysValues],
 ) -> ArenaArray:
     """Writes new keys and values of one layer to their slots.
 

@@ -43,13 +43,14 @@ def soft_cap(x: jax.Array, cap: float | None) -> jax.Array:
 class DecoderLayer(nnx.Module):
     """Attention and gated MLP with their norms, one body for every family.
 
-    ``num_kv_heads`` is the count after replication for tensor parallelism, at least the layer's own.
+    ``num_kv_heads`` is the count after replication for tensor parallelism, at least the layer's own; ``platform`` is
+    where it will run.
     """
 
-    def __init__(self, spec: ModelSpec, layer: LayerSpec, num_kv_heads: int) -> None:
+    def __init__(self, spec: ModelSpec, layer: LayerSpec, num_kv_heads: int, platform: str) -> None:
         hidden, dim, width = spec.hidden_size, layer.head_dim, spec.intermediate_size
         query_size, kv_size = spec.num_heads * dim, num_kv_heads * dim
-        self.spec, self.head_dim = spec, dim
+        self.spec, self.head_dim, self.platform = spec, dim, platform
         self.attention_norm = _param(hidden)
         self.q, self.k, self.v = _param(query_size, hidden), _param(kv_size, hidden), _param(kv_size, hidden)
         self.o = _param(hidden, query_size)
@@ -82,7 +83,7 @@ class DecoderLayer(nnx.Module):
         return x + self._after(branch, "post_mlp_norm")
 
     def _linear(self, name: str, x: jax.Array) -> jax.Array:
-        product = project(x, getattr(self, name)[...])
+        product = project(x, getattr(self, name)[...], self.platform)
         bias = getattr(self, f"{name}_bias", None)
         return (product if bias is None else product + bias[...].astype(jnp.float32)).astype(x.dtype)
 
@@ -96,8 +97,8 @@ class DecoderLayer(nnx.Module):
 class Embedder(nnx.Module):
     """Token embedding, final norm and the projection to logits."""
 
-    def __init__(self, spec: ModelSpec) -> None:
-        self.spec = spec
+    def __init__(self, spec: ModelSpec, platform: str) -> None:
+        self.spec, self.platform = spec, platform
         self.embedding = _param(spec.vocab_size, spec.hidden_size)
         self.final_norm = _param(spec.hidden_size)
         if not spec.tie_embeddings:
@@ -108,13 +109,15 @@ class Embedder(nnx.Module):
         table = self.embedding[...]
         taken = table.at[tokens].get(mode="clip")
         # The scale is rounded to the compute dtype first, as the models were trained.
-        return taken if self.spec.embedding_scale == 1.0 else taken * jnp.asarray(self.spec.embedding_scale, table.dtype)
+        return (
+            taken if self.spec.embedding_scale == 1.0 else taken * jnp.asarray(self.spec.embedding_scale, table.dtype)
+        )
 
     def logits(self, x: Hidden) -> Logits:
         """[S, E] → f32[S, V], final norm and soft cap applied."""
         head = self.embedding if self.spec.tie_embeddings else self.lm_head
         normed = rms_norm(x, self.final_norm[...], self.spec)
-        return soft_cap(project_to_vocabulary(normed, head[...]), self.spec.final_soft_cap)
+        return soft_cap(project_to_vocabulary(normed, head[...], self.platform), self.spec.final_soft_cap)
 
 
 def abstract_parameters(module: Callable[[], nnx.Module]) -> dict[str, tuple[int, ...]]:

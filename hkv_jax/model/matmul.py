@@ -13,25 +13,25 @@ CHUNKS = 16
 MAX_CHUNKED_ROWS = 32
 
 
-def project(x: jax.Array, weight: jax.Array) -> jax.Array:
-    """x [T, in] by weight [out, in]: f32[T, out]."""
-    if _few_rows_on_cpu(x, weight) and weight.shape[0] % CHUNKS == 0:
+def project(x: jax.Array, weight: jax.Array, platform: str) -> jax.Array:
+    """x [T, in] by weight [out, in]: f32[T, out]; ``platform`` is where it will run, ``cpu`` for the forms above."""
+    if _few_rows_on_cpu(x, weight, platform) and weight.shape[0] % CHUNKS == 0:
         chunked = weight.reshape(CHUNKS, -1, weight.shape[1])
         product = jnp.einsum("tk,cnk->ctn", _at_least_two_rows(x), chunked, preferred_element_type=jnp.float32)
         return product.transpose(1, 0, 2).reshape(product.shape[1], -1)[: x.shape[0]]
     return jnp.einsum("tk,nk->tn", x, weight, preferred_element_type=jnp.float32)
 
 
-def project_to_vocabulary(x: jax.Array, embedding: jax.Array) -> jax.Array:
+def project_to_vocabulary(x: jax.Array, embedding: jax.Array, platform: str) -> jax.Array:
     """x [S, E] by the embedding [V, E]: f32[S, V]. On CPU the large operand goes first."""
-    if _few_rows_on_cpu(x, embedding):
+    if _few_rows_on_cpu(x, embedding, platform):
         product = jnp.einsum("vk,sk->vs", embedding, _at_least_two_rows(x), preferred_element_type=jnp.float32)
         return product.T[: x.shape[0]]
     return jnp.einsum("sk,vk->sv", x, embedding, preferred_element_type=jnp.float32)
 
 
-def _few_rows_on_cpu(x: jax.Array, weight: jax.Array) -> bool:
-    return jax.default_backend() == "cpu" and weight.dtype == jnp.bfloat16 and x.shape[0] <= MAX_CHUNKED_ROWS
+def _few_rows_on_cpu(x: jax.Array, weight: jax.Array, platform: str) -> bool:
+    return platform == "cpu" and weight.dtype == jnp.bfloat16 and x.shape[0] <= MAX_CHUNKED_ROWS
 
 
 def _at_least_two_rows(x: jax.Array) -> jax.Array:

@@ -57,13 +57,18 @@ class Decoder:
     arena_of_group: tuple[int, ...]
     num_scanned_periods: int
 
+    @property
+    def platform(self) -> str:
+        """Where it will run: ``cpu``, ``gpu`` or ``tpu``; a mesh may describe devices this machine does not have."""
+        return str(self.mesh.devices.flat[0].platform)
+
     def layer_module(self, layer: int) -> DecoderLayer:
         """The module of a layer, for its structure."""
-        return DecoderLayer(self.spec, self.spec.layers[layer], self.kv_heads[layer])
+        return DecoderLayer(self.spec, self.spec.layers[layer], self.kv_heads[layer], self.platform)
 
     def embedder_module(self) -> Embedder:
         """The module of what lies outside the layers."""
-        return Embedder(self.spec)
+        return Embedder(self.spec, self.platform)
 
     def embedder(self, parameters: ModelParameters) -> Embedder:
         """The embedder with its parameters, for use inside a trace."""
@@ -103,7 +108,10 @@ def run_layers(
     period, scanned = decoder.spec.period, decoder.num_scanned_periods
 
     def body(
-        position: int, layer_in_group: jax.Array | int, weights: Parameters, carry: tuple[Hidden, tuple[ArenaArray, ...]]
+        position: int,
+        layer_in_group: jax.Array | int,
+        weights: Parameters,
+        carry: tuple[Hidden, tuple[ArenaArray, ...]],
     ) -> tuple[Hidden, tuple[ArenaArray, ...]]:
         x, arenas = carry
         place, layer = places[position], decoder.spec.layers[position]
