@@ -11,6 +11,7 @@ lack, the youngest running sequence gives way, never the oldest; the pools hold 
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import itertools
 
@@ -201,6 +202,7 @@ class Scheduler:
         num_running = sum(sequence.state is SequenceState.RUNNING for sequence in living)
         assert num_running == self.lanes.num_running, "S2: a lane without a living sequence"
         assert all(sequence.state is SequenceState.RUNNING for sequence in self._prefilling), "S2"
+        assert self._prefilling == sorted(self._prefilling, key=_age), "S4: a younger sequence is served first"
         self._cache.check_invariants()
 
     def _retire_ending(self) -> None:
@@ -225,13 +227,13 @@ class Scheduler:
 
     def _continue_prefills(self, draft: _Draft) -> None:
         """Chunks of the running sequences that have known tokens to compute, oldest first."""
-        # A chunk may preempt sequences behind its own, and a leader puts its siblings right behind itself.
+        # A chunk may preempt sequences behind its own, never before it; a leader's siblings come right behind it.
         index = 0
         while index < len(self._prefilling) and draft.budget > 0:
             sequence = self._prefilling[index]
             index += 1
             if sequence.siblings and self.lanes.positions[sequence.lane] == sequence.request.prompt_len - 1:
-                self._fork_siblings(sequence, index, draft)
+                self._fork_siblings(sequence, draft)
             end = self._chunk_end(sequence, int(self.lanes.positions[sequence.lane]), draft.budget)
             if self._make_room(sequence, end, draft):
                 self._add_chunk(sequence, end, draft)
@@ -248,7 +250,7 @@ class Scheduler:
             self._cache.open(lane)
             roomy = self._cache.extend(lane, 0, end)
             assert roomy, f"the pools hold less than one sequence of {sequence.num_tokens} tokens"
-            self._prefilling.append(sequence)
+            bisect.insort(self._prefilling, sequence, key=_age)
             draft.admitted.append(sequence)
             self._add_chunk(sequence, end, draft)
 
@@ -269,7 +271,7 @@ class Scheduler:
         draft.chunks.append(Chunk(sequence, start, end, samples=end == sequence.num_tokens))
         draft.budget -= end - start
 
-    def _fork_siblings(self, leader: Sequence, index: int, draft: _Draft) -> None:
+    def _fork_siblings(self, leader: Sequence, draft: _Draft) -> None:
         """Lets the siblings of ``leader`` share its prompt; those without lane or blocks wait and compute it again."""
         num_tokens = leader.request.prompt_len - 1
         siblings, leader.siblings = leader.siblings, []
@@ -286,8 +288,7 @@ class Scheduler:
                 continue
             sibling.state = SequenceState.RUNNING
             draft.forks.append(fork)
-            self._prefilling.insert(index, sibling)
-            index += 1
+            bisect.insort(self._prefilling, sibling, key=_age)
 
     def _make_room(self, sequence: Sequence, end: int, draft: _Draft) -> bool:
         """Blocks for tokens up to ``end``, at the cost of younger sequences.

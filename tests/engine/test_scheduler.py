@@ -368,6 +368,17 @@ def test_samples_without_a_lane_wait_and_compute_the_prompt_themselves() -> None
     assert chunks_of(rig.plan()) == [("a", 0, 10, True)] * 2
 
 
+def test_a_sample_that_comes_late_goes_before_those_that_overtook_it() -> None:
+    rig = Rig(dataclasses.replace(BASE, max_num_seqs=2, max_num_batched_tokens=16, max_prefill_chunk=8))
+    rig.add("a", 20, n=2)
+    rig.add("b", 100)
+    for _ in range(4):
+        rig.plan()  # the last of these finds no lane for the second sample of "a"
+    rig.scheduler.finish("a", 0)
+    assert [name for name, *_ in chunks_of(rig.plan())] == ["b", "a"]
+    assert [name for name, *_ in chunks_of(rig.plan())] == ["a", "b"]
+
+
 def test_samples_without_a_block_for_the_copy_wait() -> None:
     rig = Rig(tight(num_blocks=8))
     rig.add("a", 60, n=2)

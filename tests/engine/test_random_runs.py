@@ -1,0 +1,132 @@
+"""Hundreds of mixed requests under pressure: each gets the tokens it gets alone, and nothing is left over."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from hkv_jax.engine.engine import Engine
+from hkv_jax.engine.request import Request, Sequence, SequenceState
+from hkv_jax.engine.token_event import TokenEvent
+from hkv_jax.outputs import FinishReason
+from hkv_jax.sampling_params import SamplingParams
+from hkv_jax.testing.fake_engine import FakeEngineConfig, fake_engine, global_group, run_to_end, sliding_group
+
+VOCAB = 23
+ROOMY = FakeEngineConfig(vocab_size=VOCAB, kv_cache_memory=128 * 1024)
+
+CONFIGS = {
+    "roomy": ROOMY,
+    "tiny pools": dataclasses.replace(ROOMY, kv_cache_memory=17 * 1024),
+    "tiny pools, small chunks": dataclasses.replace(
+        ROOMY, kv_cache_memory=17 * 1024, max_prefill_chunk=7, max_num_batched_tokens=11
+    ),
+    "two arenas": dataclasses.replace(ROOMY, kv_partition="static", kv_cache_memory=17 * 1024),
+    "three lanes": dataclasses.replace(ROOMY, max_num_seqs=3, max_num_batched_tokens=9),
+    "equal blocks, one wide window": dataclasses.replace(
+        ROOMY,
+        groups=(global_group(2), sliding_group(33, num_layers=1)),
+        block_size=(("global", 4), ("sliding", 4)),
+        kv_cache_memory=27 * 1024,
+    ),
+    "all global": dataclasses.replace(ROOMY, groups=(global_group(3),), kv_cache_memory=26 * 1024),
+    "all sliding": dataclasses.replace(ROOMY, groups=(sliding_group(5),), kv_cache_memory=12 * 1024),
+    "blocks of one token": dataclasses.replace(
+        ROOMY, block_size=(("global", 1), ("sliding", 1)), kv_cache_memory=14 * 1024
+    ),
+}
+
+
+def random_request(rng: np.random.Generator, number: int) -> Request:
+    """Mostly short, sometimes long; every option that the host has a part in."""
+    prompt_len = int(rng.integers(1, 90 if rng.random() < 0.25 else 20))
+    max_tokens = None if rng.random() < 0.1 else int(rng.integers(1, 30))
+    params = SamplingParams(
+        max_tokens=max_tokens,
+        min_tokens=0 if max_tokens is None else int(rng.integers(0, max_tokens + 1)),
+        seed=int(rng.integers(2**62)),
+        n=int(rng.choice([1, 1, 1, 2, 4])),
+        temperature=float(rng.choice([0.0, 1.0])),
+        stop_token_ids=tuple(rng.integers(0, VOCAB, int(rng.integers(0, 3))).tolist()),
+        logprobs=None if rng.random() < 0.7 else int(rng.integers(0, 4)),
+        prompt_logprobs=None if rng.random() < 0.7 else int(rng.integers(0, 4)),
+    )
+    return Request.create(f"r{number}", rng.integers(0, VOCAB, prompt_len).tolist(), params, eos_token_ids=(0,))
+
+
+def run_alone(config: FakeEngineConfig, request: Request) -> dict[tuple[str, int], list[TokenEvent]]:
+    """The same groups and blocks, a device of its own."""
+    alone = dataclasses.replace(ROOMY, groups=config.groups, block_size=config.block_size, kv_cache_memory=96 * 1024)
+    engine = fake_engine(alone)
+    engine.add(request)
+    return run_to_end(engine)
+
+
+def same(first: TokenEvent, second: TokenEvent) -> bool:
+    fields = ("token_id", "logprob", "prompt_logprobs", "finish_reason", "stop_reason")
+    return all(getattr(first, field) == getattr(second, field) for field in fields)
+
+
+class Crowd:
+    """Feeds an engine with requests while it runs, and lets some of them leave early."""
+
+    def __init__(self, config: FakeEngineConfig, seed: int, num_requests: int) -> None:
+        self._rng = np.random.default_rng(seed)
+        self.requests = [random_request(self._rng, number) for number in range(num_requests)]
+        self.events: dict[tuple[str, int], list[TokenEvent]] = {}
+        self.left: set[tuple[str, int]] = set()
+        self.engine: Engine = fake_engine(config)
+
+    def run(self) -> None:
+        to_come = list(reversed(self.requests))
+        while to_come or self.engine.has_work:
+            while to_come and self._rng.random() < 0.3:
+                self.engine.add(to_come.pop())
+            if self._rng.random() < 0.02:
+                self._abort_one(len(self.requests) - len(to_come))
+            oldest = self._oldest()
+            events = self.engine.step()
+            assert oldest is None or oldest.state is not SequenceState.WAITING, "S4: the oldest was preempted"
+            for event in events:
+                self._take(event)
+            self.engine.scheduler.check_invariants()
+
+    def _oldest(self) -> Sequence | None:
+        return min(self.engine.scheduler.lanes.running(), key=lambda sequence: sequence.age, default=None)
+
+    def _abort_one(self, num_added: int) -> None:
+        if num_added:
+            request = self.requests[int(self._rng.integers(num_added))]
+            self.engine.abort(request.request_id)
+            self.left.update((request.request_id, sample) for sample in range(request.params.n))
+
+    def _take(self, event: TokenEvent) -> None:
+        key = event.sequence.request.request_id, event.sequence.sample
+        assert key not in self.left, "an event of a sample that has left"
+        seen = self.events.setdefault(key, [])
+        assert not seen or seen[-1].finish_reason is None, "an event after the last"
+        seen.append(event)
+        if event.finish_reason is None and self._rng.random() < 0.005:
+            self.engine.finish(*key)
+            self.left.add(key)
+
+
+@pytest.mark.parametrize("name", sorted(CONFIGS))
+def test_everyone_gets_the_tokens_they_get_alone(name: str) -> None:
+    config = CONFIGS[name]
+    crowd = Crowd(config, seed=sorted(CONFIGS).index(name), num_requests=45)
+    crowd.run()
+    assert all(pool.used_blocks == 0 for pool in crowd.engine.cache.stats())
+    assert crowd.engine.scheduler.num_waiting == crowd.engine.scheduler.num_running == 0
+    if "tiny" in name:
+        assert crowd.engine.scheduler.num_preemptions >= 3, "the pressure this test is about is missing"
+    reasons = set()
+    for request in crowd.requests:
+        for key, alone in run_alone(config, request).items():
+            crowded = crowd.events.get(key, [])
+            assert len(crowded) == len(alone) or (key in crowd.left and len(crowded) <= len(alone))
+            assert all(same(*pair) for pair in zip(crowded, alone, strict=False)), f"{key} differs"
+            reasons.add(alone[-1].finish_reason)
+    assert reasons == {FinishReason.STOP, FinishReason.LENGTH}
