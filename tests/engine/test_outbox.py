@@ -35,9 +35,10 @@ def test_what_comes_while_nobody_reads_is_one_delta() -> None:
     outbox.put(piece(0, 8, FinishReason.STOP), None, USAGE)
     logprobs = tuple(TokenLogprob(token_id, -1.0) for token_id in (6, 7, 8))
     merged = Completion(0, "<6><7><8>", (6, 7, 8), logprobs, FinishReason.STOP, 8)
-    assert not stream.ended
+    ended = [stream.ended]
     assert stream.poll() == StreamDelta("r", merged, None, USAGE)
-    assert stream.ended
+    ended.append(stream.ended)
+    assert ended == [False, True]
     assert stream.poll() is None
     assert stream.get() is None
 

@@ -10,13 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hkv_jax.engine.output_processor import LivingRequest
 from hkv_jax.engine.request import Request, Sequence
-from hkv_jax.engine.sample_text import SampleText
 from hkv_jax.engine.token_event import TokenEvent
 from hkv_jax.outputs import Completion, FinishReason, TokenLogprob
 from hkv_jax.sampling_params import SamplingParams
 from hkv_jax.testing.tiny_tokenizer import EOS, byte_level_tokenizer, write_tokenizer
-from hkv_jax.tokenizer import StopStrings, Tokenizer
+from hkv_jax.tokenizer import Tokenizer
 
 LIBRARY = byte_level_tokenizer()
 PROMPT = LIBRARY.encode("the").ids
@@ -53,9 +53,7 @@ def events_of(request: Request, ids: Iterable[int]) -> Iterable[TokenEvent]:
 def run(tokenizer: Tokenizer, ids: Iterable[int], **params: Any) -> list[Completion]:
     """The pieces of a sample that draws ``ids``, until it ends."""
     request = Request.create("r", PROMPT, SamplingParams(**params), [EOS_ID])
-    detokenizer = tokenizer.detokenizer(prompt=PROMPT) if request.params.detokenize else None
-    stop_strings = StopStrings(request.params.stop) if request.params.stop else None
-    sample = SampleText(request, 0, detokenizer, stop_strings)
+    (sample,) = LivingRequest.create(request, tokenizer).samples
     pieces = []
     for event in events_of(request, ids):
         pieces.append(sample.push(event))
@@ -126,7 +124,7 @@ def test_logprobs_come_with_their_tokens_and_only_when_asked_for(tokenizer: Toke
 
 def test_an_abort_gives_what_was_held_back(tokenizer: Tokenizer) -> None:
     request = Request.create("r", PROMPT, SamplingParams(stop=("sat on",)))
-    sample = SampleText(request, 0, tokenizer.detokenizer(prompt=PROMPT), StopStrings(request.params.stop))
+    (sample,) = LivingRequest.create(request, tokenizer).samples
     pieces = [sample.push(event) for event in events_of(request, ids_of(" cat sat"))]
     assert text_of(pieces) == " cat "
     assert sample.abort() == Completion(0, "sat", (), None, FinishReason.ABORT)
@@ -147,7 +145,7 @@ def test_the_text_is_cut_where_the_whole_text_would_be_and_the_tokens_with_it(
     if stop in whole:
         assert text_of(pieces) == whole[: whole.index(stop)]
         assert pieces[-1].stop_reason == stop
-        # The last token completed it: without that token it is not there (unless an unfinished character looks like it).
+        # Without the last token it is not there.
         detokenizer = tokenizer.detokenizer(prompt=PROMPT)
         assert stop not in "".join(map(detokenizer.push, kept[:-1]))
     else:
