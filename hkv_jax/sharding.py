@@ -1,7 +1,7 @@
 """Which device holds what: the mesh, and the partition of every parameter and of the device state.
 
-Owns: the mesh axis ``model`` (tensor parallelism) and the map from a parameter's name to its ``PartitionSpec``. Must never:
-hold arrays.
+Owns: the mesh axis ``model`` (tensor parallelism) and the map from a parameter's name to its ``PartitionSpec``. Must
+never: hold arrays.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def check_divides(spec: ModelSpec, tensor_parallel_size: int) -> None:
     for layer in spec.layers:
         if layer.num_kv_heads % size and size % layer.num_kv_heads:
             raise ConfigError(
-                f"tensor_parallel_size {size} must divide the model's {layer.num_kv_heads} kv heads or be a multiple of them"
+                f"tensor_parallel_size {size} must divide the model's {layer.num_kv_heads} kv heads, or they it"
             )
     if spec.intermediate_size % size:
         raise ConfigError(f"tensor_parallel_size {size} must divide the model's MLP width {spec.intermediate_size}")

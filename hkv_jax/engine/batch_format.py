@@ -30,16 +30,16 @@ class Bucket(NamedTuple):
 class StepFields(NamedTuple):
     """Views of one step's buffers; shapes in brackets. Values past the live rows or tokens are padding.
 
-    tokens [T]: ids, or NO_TOKEN for a decode row. positions [T]: absolute. targets [T]: the prompt token that follows, for
-    prompt logprobs, else NO_TOKEN (shape [0] in decode buckets). query_starts [S+1]: cumulative query lengths, padded with
-    the last. start_positions [S]: position of a row's first query. prompt_lens [S]: tokens below it count as prompt in
-    penalties. lanes [S]: persistent lane of the row; padding rows name the lane one past the last. num_rows,
-    num_decode_rows [1]: live rows; how many of them, first, have exactly one query. sample_tokens [S]: index into T of the
-    token whose logits are drawn from, or NO_TOKEN. slots G x [T]: token slot of layer 0 (page * P + offset), or NO_SLOT.
-    table_updates G x [U, 3]: (lane, column, page), padded with the lane one past the last.
-    seeds [S, 2]: high and low word of the seed. samples, output_positions [S]: what the draw is a function of.
-    suppress_stops [S]: 1 while fewer than min_tokens were drawn. num_logprobs, num_prompt_logprobs [S]: k + 1, or 0 for
-    none asked. The rest [S] as in SamplingParams (top_k 0: all).
+    tokens [T]: ids, or NO_TOKEN for a decode row. positions [T]: absolute. targets [T]: the prompt token that
+    follows, for prompt logprobs, else NO_TOKEN (shape [0] in decode buckets). query_starts [S+1]: cumulative query
+    lengths, padded with the last. start_positions [S]: position of a row's first query. prompt_lens [S]: tokens below
+    it count as prompt in penalties. lanes [S]: persistent lane of the row; padding rows name the lane one past the
+    last. num_rows, num_decode_rows [1]: live rows; how many of them, first, have exactly one query. sample_tokens
+    [S]: index into T of the token whose logits are drawn from, or NO_TOKEN. slots G x [T]: token slot of layer 0
+    (page * P + offset), or NO_SLOT. table_updates G x [U, 3]: (lane, column, page), padded with the lane one past the
+    last. seeds [S, 2]: high and low word of the seed. samples, output_positions [S]: what the draw is a function of.
+    suppress_stops [S]: 1 while fewer than min_tokens were drawn. num_logprobs, num_prompt_logprobs [S]: k + 1, or 0
+    for none asked. The rest [S] as in SamplingParams (top_k 0: all).
     """
 
     tokens: Any
@@ -73,7 +73,8 @@ class StepFields(NamedTuple):
 class BatchFormat:
     """Where each field of a bucket lies in the two packed buffers.
 
-    ``block_sizes`` are those of the groups, in tokens: a step needs at most ``T // P + 2 * S`` table updates of a group.
+    ``block_sizes`` are those of the groups, in tokens: a step needs at most ``T // P + 2 * S`` table updates of a
+    group.
     """
 
     bucket: Bucket

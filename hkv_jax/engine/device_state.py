@@ -1,7 +1,7 @@
 """Everything the device keeps from step to step: donated to every program, so that each has exactly one owner.
 
-Owns: the fields, their shapes and shardings, and the programs that set up a lane or let it take over another's state. Must
-never: be read by the host (sampled tokens are outputs of a step).
+Owns: the fields, their shapes and shardings, and the programs that set up a lane or let it take over another's state.
+Must never: be read by the host (sampled tokens are outputs of a step).
 """
 
 from __future__ import annotations
@@ -53,8 +53,10 @@ class LaneSetup(NamedTuple):
 
 
 class ForkCopies(NamedTuple):
-    """A few forks: lanes i32[FORKS_A_CALL] each (target past the last lane: none); pages i32[groups, FORKS_A_CALL] each
-    (target NO_SLOT: nothing to copy).
+    """A few forks at once.
+
+    Lanes i32[FORKS_A_CALL] each (target past the last lane: none); pages i32[groups, FORKS_A_CALL] each (target
+    NO_SLOT: nothing to copy).
     """
 
     source_lanes: jax.Array

@@ -1,7 +1,7 @@
 """From a configuration to an engine that is ready: mesh, memory, layout, parameters, programs, in that order.
 
-Owns: the choices that depend on the platform (page layout, storage dtype, layer loop, budget). Must never: know threads,
-text or clients.
+Owns: the choices that depend on the platform (page layout, storage dtype, layer loop, budget). Must never: know
+threads, text or clients.
 """
 
 from __future__ import annotations

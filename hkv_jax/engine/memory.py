@@ -1,7 +1,7 @@
 """How much memory a device has for the KV cache.
 
-Owns: asking the platform. On CPU that is what the control group allows, not what the host has: a container that believes the
-host is killed. Must never: import jax at module level, or divide the memory (``kvcache.layout`` does).
+Owns: asking the platform. On CPU that is what the control group allows, not what the host has: a container that
+believes the host is killed. Must never: import jax at module level, or divide the memory (``kvcache.layout`` does).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The compiled programs of an engine: one a bucket, one that sets up a lane, one that forks lanes.
 
-Owns: compiling all of them ahead of the first request. A ``Compiled`` program cannot recompile: an argument whose shape or
-dtype differs is an error that names it. Must never: run a step.
+Owns: compiling all of them ahead of the first request. A ``Compiled`` program cannot recompile: an argument whose
+shape or dtype differs is an error that names it. Must never: run a step.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ Progress = Callable[[str, int, int], None]
 
 
 class ProgramFactory:
-    """Lowers the programs of one engine for given shapes; every argument of a program is a shape, so nothing is allocated.
+    """Lowers the programs of one engine for given shapes, without allocating anything.
 
     ``matmul_precision`` is what products use: ``highest`` for float32, so that no platform rounds them silently.
     """

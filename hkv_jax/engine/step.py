@@ -23,7 +23,9 @@ from hkv_jax.sharding import REPLICATED, named
 
 
 class StepOutputs(NamedTuple):
-    """tokens i32[S]: what each row drew (0 where it draws nothing). logprobs over [S]; prompt_logprobs over [T], or over
+    """What a step brings back.
+
+    tokens i32[S]: what each row drew (0 where it draws nothing). logprobs over [S]; prompt_logprobs over [T], or over
     [0] in decode buckets; both are zeros where no row asked.
     """
 

@@ -1,8 +1,9 @@
 """Weights from safetensors files straight into sharded arrays.
 
-Owns: checking what the files hold against what the model wants, and reading each device's slice. Host memory beyond the
-pages of the files is one slice at a time, in the dtype it is wanted in. Orbax can read this format too, but only whole
-trees whose names, heads and dtype are already the model's; here kv heads are repeated and names mapped slice by slice.
+Owns: checking what the files hold against what the model wants, and reading each device's slice. The host holds one
+tensor at a time: its pages of the file, and its slices in the dtype they are wanted in. Orbax reads safetensors too, but
+only through its experimental interface, which takes every such file of a folder whatever the index says, believes the
+header, and repeats no kv heads: with these done here, little is left for it to do.
 Must never: hold a whole model on the host, or read what ``families.weight_files`` has not checked.
 """
 
@@ -10,8 +11,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import mmap
 from collections.abc import Callable, Iterator, Mapping
-from functools import lru_cache
 from pathlib import Path
 
 import jax
@@ -56,7 +57,7 @@ class Checkpoint:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.tensors: Mapping[str, StoredTensor] = read_weight_files(folder)
-        self._mapped = lru_cache(maxsize=None)(_map_file)
+        self._maps: dict[Path, mmap.mmap] = {}
 
     def check(self, expected: Mapping[str, tuple[int, ...]], ignored: Callable[[str], bool]) -> None:
         """Compares the files with what the model wants: tensor name → shape.
@@ -110,15 +111,19 @@ class Checkpoint:
         Returns:
             An array of ``dtype`` and of the tensor's shape, axis 0 ``repeat.times`` as long.
         """
-        values = self._view(self.tensors[name])
+        stored = self.tensors[name]
+        values = self._view(stored)
         shape = values.shape if repeat is None else (values.shape[0] * repeat.times, *values.shape[1:])
 
-        def read(index: Index) -> NDArray[np.generic]:
+        def read(index: Index | None) -> NDArray[np.generic]:
+            assert index is not None
             part = values[index] if repeat is None else _repeated(values, index, repeat)
             # A copy of its own even where no cast is needed: an array must not change when the file does.
             return np.array(part, dtype=dtype, order="C")
 
-        return jax.make_array_from_callback(shape, sharding, read)
+        loaded = jax.make_array_from_callback(shape, sharding, read)
+        self._forget_pages(stored)
+        return loaded
 
     def _problems(self, expected: Mapping[str, tuple[int, ...]], ignored: Callable[[str], bool]) -> Iterator[str]:
         for name, shape in expected.items():
@@ -134,21 +139,31 @@ class Checkpoint:
                 yield f"{name} with shape {list(self.tensors[name].shape)} is not part of this model"
 
     def _view(self, stored: StoredTensor) -> NDArray[np.generic]:
-        data = self._mapped(stored.file)[stored.start : stored.start + stored.num_bytes]
-        return data.view(_DTYPES[stored.dtype]).reshape(stored.shape)
+        dtype = _DTYPES[stored.dtype]
+        count = stored.num_bytes // dtype.itemsize
+        return np.frombuffer(self._mapped(stored.file), dtype, count, stored.start).reshape(stored.shape)
 
     def _pieces(self, stored: StoredTensor) -> Iterator[NDArray[np.uint8]]:
-        data = self._mapped(stored.file)
+        data = np.frombuffer(self._mapped(stored.file), np.uint8)
         end = stored.start + stored.num_bytes
         for start in range(stored.start, end, _COMPARED_BYTES):
             yield data[start : min(end, start + _COMPARED_BYTES)]
+        self._forget_pages(stored)
 
+    def _mapped(self, path: Path) -> mmap.mmap:
+        if path not in self._maps:
+            try:
+                with path.open("rb") as file:
+                    self._maps[path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            except (OSError, ValueError) as error:
+                raise CheckpointError(f"{path}: cannot be read ({error})") from error
+        return self._maps[path]
 
-def _map_file(path: Path) -> NDArray[np.uint8]:
-    try:
-        return np.memmap(path, dtype=np.uint8, mode="r")
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({error})") from error
+    def _forget_pages(self, stored: StoredTensor) -> None:
+        """Lets the pages of a tensor go, so that a large file does not fill the memory it was read through."""
+        if hasattr(mmap, "MADV_DONTNEED"):
+            first = stored.start // mmap.PAGESIZE * mmap.PAGESIZE
+            self._mapped(stored.file).madvise(mmap.MADV_DONTNEED, first, stored.start + stored.num_bytes - first)
 
 
 def _repeated(values: NDArray[np.generic], index: Index, repeat: HeadRepeat) -> NDArray[np.generic]:

@@ -1,12 +1,12 @@
 """The KV arena on the device: allocation, and the only code that knows how a page lies in it.
 
-An arena is ``[chips, rows, row_elements]``; inside ``shard_map`` each chip sees its own ``[1, rows, row_elements]`` and every
-function here takes that local array. A page id addresses one layer's part of a block: layer l of a group reads page
-``id + l``. Must never: allocate blocks (the host does), or be called outside ``shard_map`` (under GSPMD a reshape of the
-arena costs twice its size in temporaries).
+An arena is ``[chips, rows, row_elements]``; inside ``shard_map`` each chip sees its own ``[1, rows, row_elements]``
+and every function here takes that local array. A page id addresses one layer's part of a block: layer l of a group
+reads page ``id + l``. Must never: allocate blocks (the host does), or be called outside ``shard_map`` (under GSPMD a
+reshape of the arena costs twice its size in temporaries).
 
-16-bit values are stored as uint16 on CPU: XLA's CPU backend converts the whole array to float32 and back around a bfloat16
-scatter. The bits are the same; ``as_stored`` and ``as_values`` are free casts.
+16-bit values are stored as uint16 on CPU: XLA's CPU backend converts the whole array to float32 and back around a
+bfloat16 scatter. The bits are the same; ``as_stored`` and ``as_values`` are free casts.
 """
 
 from __future__ import annotations

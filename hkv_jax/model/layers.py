@@ -1,7 +1,7 @@
 """The modules of a decoder as flax nnx modules: which parameters they have, their shapes, and what they compute.
 
-Modules give structure only. They are never filled: at load ``parameters`` asks for their abstract state, and inside a step
-``bind`` lays the layer's arrays over it for the time of a trace. Attribute names are the parameter names of
+Modules give structure only. They are never filled: at load ``parameters`` asks for their abstract state, and inside a
+step ``bind`` lays the layer's arrays over it for the time of a trace. Attribute names are the parameter names of
 ``hkv_jax.families.tensor_names``. Must never: touch the KV arena (a layer is handed a function that attends).
 """
 

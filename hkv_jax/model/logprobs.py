@@ -1,7 +1,7 @@
 """Log-probabilities under the model's own distribution: log-softmax of the raw logits.
 
-Owns: the chosen token's logprob and the most likely tokens with theirs, for drawn tokens and, a few tokens at a time, for
-prompts (their logits never exist for a whole prompt, or even a whole chunk). Must never: see shaped logits.
+Owns: the chosen token's logprob and the most likely tokens with theirs, for drawn tokens and, a few tokens at a time,
+for prompts (their logits never exist for a whole prompt, or even a whole chunk). Must never: see shaped logits.
 """
 
 from __future__ import annotations

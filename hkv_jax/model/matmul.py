@@ -1,7 +1,7 @@
 """Products with weights in the checkpoint's [out, in] layout, in the form each platform runs fastest.
 
-The forms and their figures for XLA's CPU backend are in docs/benchmarks.md. Results are accumulated in float32: a bfloat16
-result is 3 to 9 times slower on CPU. Must never: hold weights.
+The forms and their figures for XLA's CPU backend are in docs/benchmarks.md. Results are accumulated in float32: a
+bfloat16 result is 3 to 9 times slower on CPU. Must never: hold weights.
 """
 
 from __future__ import annotations

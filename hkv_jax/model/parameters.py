@@ -1,8 +1,8 @@
 """A model's parameters on the device, flat, in the form the platform's layer loop wants.
 
-Owns: which arrays there are (from the modules' structure), their dtypes and shardings, and filling them from a checkpoint.
-Norm weights keep the compute dtype like everything else. Must never: keep a second copy of the weights, on host or device,
-for longer than one parameter takes.
+Owns: which arrays there are (from the modules' structure), their dtypes and shardings, and filling them from a
+checkpoint. Norm weights keep the compute dtype like everything else. Must never: keep a second copy of the weights,
+on host or device, for longer than one parameter takes.
 """
 
 from __future__ import annotations

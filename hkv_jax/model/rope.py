@@ -1,7 +1,8 @@
 """Rotary position embedding: angles of a step's positions and their application.
 
 Frequencies follow Su et al. (arXiv 2104.09864), the linear scaling of Chen et al. (arXiv 2306.15595) and the
-frequency-dependent scaling published with Llama 3.1. Must never: know a layer's kind; each layer names its ``RopeSpec``.
+frequency-dependent scaling published with Llama 3.1. Must never: know a layer's kind; each layer names its
+``RopeSpec``.
 """
 
 from __future__ import annotations

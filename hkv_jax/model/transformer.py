@@ -1,8 +1,9 @@
 """The hybrid decoder: (parameters, arenas, step) → (hidden states, arenas), one layer body and two loops.
 
-Owns: the order of layers and which arena, table and page each of them uses. The loop over layers is the platform's business:
-a ``lax.scan`` over the model's repeating period with stacked weights (TPU: compile time does not depend on depth), or an
-unrolled loop with one array a layer (CPU: a scan copies every slice). Must never: know a model family or a request.
+Owns: the order of layers and which arena, table and page each of them uses. The loop over layers is the platform's
+business: a ``lax.scan`` over the model's repeating period with stacked weights (TPU: compile time does not depend on
+depth), or an unrolled loop with one array a layer (CPU: a scan copies every slice). Must never: know a model family
+or a request.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class ModelParameters(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class LayerPlace:
-    """Where a layer keeps its K/V: the group, the index within it, and how many of the group's layers a period holds."""
+    """Where a layer keeps its K/V: group, index in it, and how many of the group's layers a period holds."""
 
     group: int
     index: int

@@ -54,8 +54,8 @@ def log_sum_exp(values: jax.Array) -> jax.Array:
 def invert_cumulative(weights: jax.Array, fraction: jax.Array) -> jax.Array:
     """The index at which the running sum of weights f32[S, V] first exceeds ``fraction`` f32[S] of the total.
 
-    Only indices of positive weight are returned; the total must be positive. Sums run within blocks first, so that a row's
-    result does not depend on the other rows.
+    Only indices of positive weight are returned; the total must be positive. Sums run within blocks first, so that a
+    row's result does not depend on the other rows.
     """
     blocked = in_blocks(weights, _square_block(weights.shape[1]), fill=0.0)
     of_block = jnp.sum(blocked, axis=-1)
@@ -76,7 +76,7 @@ def in_blocks(values: jax.Array, width: int, fill: float = -math.inf) -> jax.Arr
 
 
 def _first_above(weights: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """First index of positive weight whose running sum exceeds target, else the last positive one; and the sum before it."""
+    """First index of positive weight whose running sum exceeds target, else the last; and the sum before it."""
     running = jnp.cumsum(weights, axis=-1)
     positions = jnp.arange(weights.shape[1], dtype=jnp.int32)
     positive = weights > 0

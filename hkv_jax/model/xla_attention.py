@@ -1,11 +1,11 @@
 """Paged attention in plain XLA: the path of CPU and GPU, and the reference of the TPU kernels.
 
-Owns: the loops over rows, query tiles and key tiles of one layer inside ``shard_map``. Cost follows the live context and the
-window, never ``max_model_len``: every loop has a trip count computed from the step's own positions. Must never: write the
-arena, or know where its pages lie (``kv_arena`` does).
+Owns: the loops over rows, query tiles and key tiles of one layer inside ``shard_map``. Cost follows the live context
+and the window, never ``max_model_len``: every loop has a trip count computed from the step's own positions. Must
+never: write the arena, or know where its pages lie (``kv_arena`` does).
 
-Softmax is the online form (Milakov & Gimelshein, arXiv 1805.02867): a running maximum, denominator and weighted sum over
-tiles of keys, in float32. A row without keys gives 0.
+Softmax is the online form (Milakov & Gimelshein, arXiv 1805.02867): a running maximum, denominator and weighted sum
+over tiles of keys, in float32. A row without keys gives 0.
 """
 
 from __future__ import annotations
@@ -61,8 +61,9 @@ class StepRows(NamedTuple):
 class AttentionInputs(NamedTuple):
     """Arrays of one layer, local to a chip.
 
-    queries [T, H, D]; keys, values [T, K, D] of the step's own tokens in the KV dtype; arena; layer: index in the group;
-    tables i32[Z, M]; rows; sinks f32[H] or None: a learned score per head that takes probability and gives nothing.
+    queries [T, H, D]; keys, values [T, K, D] of the step's own tokens in the KV dtype; arena; layer: index in the
+    group; tables i32[Z, M]; rows; sinks f32[H] or None: a learned score per head that takes probability and gives
+    nothing.
     """
 
     queries: Queries
@@ -95,8 +96,9 @@ class _Queries(NamedTuple):
 def paged_attention(spec: AttentionSpec, inputs: AttentionInputs, has_prefill: bool) -> jax.Array:
     """Attention of every live query of a step over the keys it may see.
 
-    Global layers read everything, the step's own tokens included, through the table (they were written before). Sliding
-    layers read through the table only positions below the row's first query, and the step's own keys from ``inputs.keys``.
+    Global layers read everything, the step's own tokens included, through the table (they were written before).
+    Sliding layers read through the table only positions below the row's first query, and the step's own keys from
+    ``inputs.keys``.
 
     Args:
         spec: static description.
@@ -140,7 +142,7 @@ def _decode_tile_blocks(spec: AttentionSpec) -> int:
 
 
 def _prefill_rows(spec: AttentionSpec, inputs: AttentionInputs, tile: int, outputs: jax.Array) -> jax.Array:
-    """Query tiles of rows with several queries, in token order: what a tile's tail spills is overwritten by the next."""
+    """Query tiles of longer rows, in token order: what a tile's tail spills is overwritten by the next."""
     rows = inputs.rows
     index = jnp.arange(rows.lanes.shape[0], dtype=jnp.int32)
     lengths = jnp.diff(rows.query_starts)
