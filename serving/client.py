@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Generator, Iterator, Sequence
 from types import TracebackType
 from typing import Self
 
@@ -87,7 +87,7 @@ class InferenceClient:
         *,
         request_id: str = "",
         timeout: float | None = None,
-    ) -> Iterator[StreamDelta]:
+    ) -> Generator[StreamDelta, None, None]:
         """As ``generate``, piece by piece; leaving the iteration early (``close()`` of it) cancels the request."""
         with _translated():
             call = self._stub.GenerateStream(_message(prompt, params, request_id), timeout=timeout)
@@ -154,7 +154,7 @@ class AsyncInferenceClient:
         *,
         request_id: str = "",
         timeout: float | None = None,
-    ) -> AsyncIterator[StreamDelta]:
+    ) -> AsyncGenerator[StreamDelta, None]:
         """As ``generate``, piece by piece; leaving the iteration early (``aclose()`` of it) cancels the request."""
         with _translated():
             call = self._stub.GenerateStream(_message(prompt, params, request_id), timeout=timeout)
