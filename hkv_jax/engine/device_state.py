@@ -6,7 +6,7 @@ Must never: be read by the host (sampled tokens are outputs of a step).
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -46,10 +46,10 @@ class DeviceState(NamedTuple):
 class LaneSetup(NamedTuple):
     """What a sequence brings to its lane: lane i32[], bias_ids i32[B], bias_values f32[B], stop_ids i32[C]."""
 
-    lane: jax.Array
-    bias_ids: jax.Array
-    bias_values: jax.Array
-    stop_ids: jax.Array
+    lane: Any
+    bias_ids: Any
+    bias_values: Any
+    stop_ids: Any
 
 
 class ForkCopies(NamedTuple):
@@ -59,10 +59,10 @@ class ForkCopies(NamedTuple):
     NO_SLOT: nothing to copy).
     """
 
-    source_lanes: jax.Array
-    target_lanes: jax.Array
-    source_pages: jax.Array
-    target_pages: jax.Array
+    source_lanes: Any
+    target_lanes: Any
+    source_pages: Any
+    target_pages: Any
 
 
 def state_shapes(layout: KVLayout, mesh: Mesh, num_lanes: int, vocab_size: int, arena_dtype: jnp.dtype) -> DeviceState:
@@ -132,4 +132,4 @@ def no_forks(num_groups: int, num_lanes: int) -> ForkCopies:
     """Entries that do nothing, as numpy arrays to be overwritten by live ones."""
     lanes = np.full(FORKS_A_CALL, num_lanes, np.int32)
     pages = np.full((num_groups, FORKS_A_CALL), NO_SLOT, np.int32)
-    return ForkCopies(np.zeros(FORKS_A_CALL, np.int32), lanes, np.zeros_like(pages), pages)  # type: ignore[arg-type]
+    return ForkCopies(np.zeros(FORKS_A_CALL, np.int32), lanes, np.zeros_like(pages), pages)

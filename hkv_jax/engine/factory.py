@@ -206,12 +206,13 @@ def _largest_temporaries(plan: _Plan, budget_bytes: int) -> int:
     parameters = parameter_shapes(plan.decoder(layout), plan.dtype)
     lowered = plan.program_factory(layout).lower_step(largest, parameters, plan.state(layout))
     analysis = lowered.compile().memory_analysis()
+    assert analysis is not None
     return int(analysis.temp_size_in_bytes)
 
 
 def _use_compilation_cache() -> None:
     """Keeps compiled programs between runs, unless jax was told where already."""
-    if jax.config.jax_compilation_cache_dir is not None:
+    if jax.config.read("jax_compilation_cache_dir") is not None:
         return
     folder = os.environ.get(COMPILATION_CACHE_VARIABLE) or str(Path.home() / ".cache" / "hkv-jax" / "xla")
     jax.config.update("jax_compilation_cache_dir", folder)

@@ -104,7 +104,7 @@ class Runner:
             np.int32(sequence.lane),
             ids,
             values,
-            _padded(stops, MAX_MASKED_STOPS, self._vocab_size),  # type: ignore[arg-type]
+            _padded(stops, MAX_MASKED_STOPS, self._vocab_size),
         )
         self._state = self._programs.lane_setup(self._state, setup)
         self._set_up_lanes.discard(sequence.lane)
@@ -115,12 +115,12 @@ class Runner:
         for begin in range(0, len(forks), FORKS_A_CALL):
             copies = no_forks(len(self._shapes.tables), self._num_lanes)
             for place, fork in enumerate(forks[begin : begin + FORKS_A_CALL]):
-                copies.source_lanes[place], copies.target_lanes[place] = fork.source, fork.target  # type: ignore[index]
+                copies.source_lanes[place], copies.target_lanes[place] = fork.source, fork.target
                 inherits = self._set_up_lanes.add if fork.source in self._set_up_lanes else self._set_up_lanes.discard
                 inherits(fork.target)
                 for group, source, target in fork.copies:
-                    copies.source_pages[group, place] = source  # type: ignore[index]
-                    copies.target_pages[group, place] = target  # type: ignore[index]
+                    copies.source_pages[group, place] = source
+                    copies.target_pages[group, place] = target
             self._state = self._programs.forks(self._state, copies)
 
 

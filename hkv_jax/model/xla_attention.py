@@ -11,13 +11,12 @@ over tiles of keys, in float32. A row without keys gives 0.
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from hkv_jax.array_types import ArenaArray, BlockTables, KeysValues, Queries
 from hkv_jax.kvcache.format import KVFormat
 from hkv_jax.model.kv_arena import read_pages
 
@@ -66,14 +65,14 @@ class AttentionInputs(NamedTuple):
     nothing.
     """
 
-    queries: Queries
-    keys: KeysValues
-    values: KeysValues
-    arena: ArenaArray
-    layer: jax.Array
-    tables: BlockTables
+    queries: Any
+    keys: Any
+    values: Any
+    arena: Any
+    layer: Any
+    tables: Any
     rows: StepRows
-    sinks: jax.Array | None
+    sinks: Any
 
 
 class _Softmax(NamedTuple):
