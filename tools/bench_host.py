@@ -51,7 +51,7 @@ class Cell:
 
 
 class Bench:
-    """One engine in the state of a cell, driven as the real one is: step N + 1 is planned before step N is committed."""
+    """One engine in the state of a cell, driven as the real one is: planned one step ahead of what it commits."""
 
     def __init__(self, cell: Cell, steps: int) -> None:
         """Prefills every request; ``steps`` decode steps and more are possible afterwards."""

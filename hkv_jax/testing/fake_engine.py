@@ -70,6 +70,13 @@ class FakeEngineConfig:
         )
 
 
+def tight_config(num_blocks: int, max_model_len: int) -> FakeEngineConfig:
+    """A cache of ``num_blocks`` blocks of 8 tokens in a single global group."""
+    block_bytes = 2 * 8 * 8 * 4
+    memory = num_blocks * block_bytes
+    return FakeEngineConfig(groups=(global_group(),), kv_cache_memory=memory, max_model_len=max_model_len)
+
+
 def fake_engine(config: FakeEngineConfig | None = None) -> Engine:
     """An idle engine over a ``FakeRunner``."""
     config = config or FakeEngineConfig()

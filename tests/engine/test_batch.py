@@ -77,7 +77,7 @@ def test_draws_know_seed_sample_and_output_position(mixed: tuple[Engine, StepBat
 
 
 def test_float_rows_are_in_the_order_of_the_buffer() -> None:
-    assert FLOAT_FIELDS == StepFields._fields[-len(FLOAT_FIELDS) :]
+    assert StepFields._fields[-len(FLOAT_FIELDS) :] == FLOAT_FIELDS
 
 
 def test_prompt_logprobs_have_the_following_token_as_target(mixed: tuple[Engine, StepBatch]) -> None:
