@@ -121,4 +121,4 @@ class BatchFormat:
         updates, sampling = tuple(fields[10 + groups : 10 + 2 * groups]), fields[10 + 2 * groups :]
         rows = self.bucket.num_rows
         columns = [floats[i * rows : (i + 1) * rows] for i in range(6)]
-        return StepFields(*head, slots, updates, *sampling, *columns)
+        return StepFields(*head, slots, updates, *sampling, *columns)  # type: ignore[call-arg]  # counted by the shapes

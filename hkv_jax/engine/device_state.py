@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
-from hkv_jax.array_types import ArenaArray, BlockTables
+from hkv_jax.array_types import ArenaArray
 from hkv_jax.kvcache.format import NO_SLOT
 from hkv_jax.kvcache.layout import KVLayout
 from hkv_jax.model.kv_arena import arena_shapes, copy_blocks
@@ -33,14 +33,14 @@ class DeviceState(NamedTuple):
     bool[Z, V]. bias_ids i32[Z, B], bias_values f32[Z, B], stop_ids i32[Z, C]; ids one past the vocabulary are no entry.
     """
 
-    arenas: tuple[ArenaArray, ...]
-    tables: tuple[BlockTables, ...]
-    last_tokens: jax.Array
-    counts: jax.Array
-    in_prompt: jax.Array
-    bias_ids: jax.Array
-    bias_values: jax.Array
-    stop_ids: jax.Array
+    arenas: tuple[Any, ...]
+    tables: tuple[Any, ...]
+    last_tokens: Any
+    counts: Any
+    in_prompt: Any
+    bias_ids: Any
+    bias_values: Any
+    stop_ids: Any
 
 
 class LaneSetup(NamedTuple):

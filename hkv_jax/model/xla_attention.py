@@ -50,11 +50,11 @@ class StepRows(NamedTuple):
     lanes [S]; start_positions [S]: position of the first query; query_starts [S + 1]; num_rows, num_decode_rows [].
     """
 
-    lanes: jax.Array
-    start_positions: jax.Array
-    query_starts: jax.Array
-    num_rows: jax.Array
-    num_decode_rows: jax.Array
+    lanes: Any
+    start_positions: Any
+    query_starts: Any
+    num_rows: Any
+    num_decode_rows: Any
 
 
 class AttentionInputs(NamedTuple):
