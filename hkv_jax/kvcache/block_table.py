@@ -17,12 +17,13 @@ class BlockTable:
 
     ``start`` and ``end`` are the chunk last extended to. Decode steps that need neither a block nor a release go
     unreported, so tokens up to ``capacity`` may be there. ``reach`` is one past the highest block number ever held.
+    ``lost`` are the positions of that chunk whose K/V went nowhere.
 
     Invariants. T1: ``len(ids) == ceil(end / P) - first_block``. T2: a released block is removed from the table, never
     overwritten. Holes occur in sliding groups only.
     """
 
-    __slots__ = ("block_size", "end", "first_block", "ids", "reach", "start", "window")
+    __slots__ = ("block_size", "end", "first_block", "ids", "lost", "reach", "start", "window")
 
     def __init__(self, block_size: int, window: int | None) -> None:
         """``block_size`` P and ``window`` W in tokens; W is ``None`` in a global group."""
@@ -32,6 +33,7 @@ class BlockTable:
         self.ids: list[int] = []
         self.start = 0
         self.end = 0
+        self.lost = range(0)
         self.reach = 0
 
     @property
@@ -78,25 +80,34 @@ class BlockTable:
         return max(0, -(-end // self.block_size) - max(next_number, self.first_live(end)))
 
     def extend(self, start: int, end: int, blocks: Iterable[int]) -> None:
-        """Appends holes and then ``blocks`` (as many as ``num_missing(end)`` said) for the chunk ``[start, end)``."""
+        """Appends holes and then ``blocks`` (as many as ``num_missing(end)`` said) for the chunk ``[start, end)``.
+
+        An empty table needs no holes: it begins at the first block that stays.
+        """
         next_number = self.first_block + len(self.ids)
         num_holes = min(self.first_live(end), -(-end // self.block_size)) - next_number
-        if num_holes > 0:
+        if num_holes > 0 and self.ids:
             self.ids.extend([HOLE] * num_holes)
+        elif num_holes > 0:
+            self.first_block += num_holes
         self.ids.extend(blocks)
         self.start, self.end = start, end
+        self.lost = range(start, self.first_live(end) * self.block_size)
         self.reach = max(self.reach, self.first_block + len(self.ids))
 
-    def check_truncate(self, num_tokens: int) -> None:
-        """Raises ``ValueError`` where the table does not reach ``num_tokens`` or lost the window before them."""
+    def check_return(self, num_tokens: int) -> None:
+        """Raises ``ValueError`` where the sequence could not go on from its first ``num_tokens`` tokens."""
         if num_tokens > self.capacity:
-            raise ValueError(f"cannot truncate to {num_tokens} tokens: the table reaches {self.capacity}")
-        if not self.holds(self.first_live(num_tokens), -(-num_tokens // self.block_size)):
-            raise ValueError(f"cannot truncate to {num_tokens} tokens: the window before them was released")
+            raise ValueError(f"cannot go back to {num_tokens} tokens: the table reaches {self.capacity}")
+        first = self.first_live(num_tokens)
+        oldest = 0 if self.window is None else num_tokens - self.window + 1
+        lost = max(oldest, self.lost.start) < min(num_tokens, self.lost.stop)
+        if lost or not self.holds(first, -(-num_tokens // self.block_size)):
+            raise ValueError(f"cannot go back to {num_tokens} tokens: the window before them was not kept")
 
     def truncate(self, num_tokens: int) -> list[int]:
         """Drops the blocks at and above ``ceil(num_tokens / P)``; returns their ids, holes left out."""
-        self.check_truncate(num_tokens)
+        self.check_return(num_tokens)
         num_blocks = -(-num_tokens // self.block_size)
         kept = max(0, num_blocks - self.first_block)
         dropped = [block for block in self.ids[kept:] if block != HOLE]

@@ -58,12 +58,18 @@ class GroupCache:
             number += 1
         self._refresh_page(lane)
 
-    def check_truncate(self, lane: int, num_tokens: int) -> None:
-        """Raises ``ValueError`` where the lane cannot go back to ``num_tokens`` tokens."""
+    def check_return(self, lane: int, num_tokens: int) -> None:
+        """Raises ``ValueError`` where the lane's first ``num_tokens`` tokens alone are no longer all here."""
         table = self.tables[lane]
-        table.check_truncate(num_tokens)
-        self._check_ring(table, num_tokens)
-        if num_tokens % self.block_size and self.pool.references(table.id_of(num_tokens // self.block_size)) > 1:
+        table.check_return(num_tokens)
+        if table.reach - self.width > table.first_live(num_tokens):
+            raise ValueError(f"cannot go back to {num_tokens} tokens: the device's table has moved past their window")
+
+    def check_truncate(self, lane: int, num_tokens: int) -> None:
+        """Raises ``ValueError`` where the lane cannot go on from its first ``num_tokens`` tokens."""
+        self.check_return(lane, num_tokens)
+        last = self.tables[lane].id_of(num_tokens // self.block_size)
+        if num_tokens % self.block_size and self.pool.references(last) > 1:
             raise ValueError(f"cannot truncate to {num_tokens} tokens: the block they end in is shared")
 
     def truncate(self, lane: int, num_tokens: int) -> None:
@@ -85,12 +91,10 @@ class GroupCache:
         The device copies the source's table row before it applies this step's updates: entries that it has not been
         told of yet would be missing in the copy.
         """
-        table = self.tables[source]
-        first, stop = table.first_live(num_tokens), -(-num_tokens // self.block_size)
-        if not table.holds(first, stop):
-            raise ValueError(f"lane {source} does not hold {num_tokens} tokens with the window before them")
-        self._check_ring(table, num_tokens)
+        self.check_return(source, num_tokens)
         if self._updates:
+            table = self.tables[source]
+            first, stop = table.first_live(num_tokens), -(-num_tokens // self.block_size)
             pages = {self.layout.page(table.id_of(number)) for number in range(first, stop)}
             low, high = source * self.width, (source + 1) * self.width
             if any(low <= key < high and page in pages for key, page in self._updates.items()):
@@ -109,6 +113,8 @@ class GroupCache:
         other.ids.extend(shared)
         other.start = other.end = num_tokens
         other.reach = table.reach
+        if table.end < num_tokens:  # it got there by decode steps that went unreported
+            table.start = table.end = num_tokens
         copy = None
         if num_tokens % self.block_size:
             block = self._take(1)[0]
@@ -175,11 +181,6 @@ class GroupCache:
         blocks = self.pool.allocate(count) if count else []
         assert blocks is not None, f"M1: {count} blocks of {self.layout.spec.name} were promised"
         return blocks
-
-    def _check_ring(self, table: BlockTable, num_tokens: int) -> None:
-        """Raises ``ValueError`` where a later block has taken the device column of one that ``num_tokens`` needs."""
-        if table.reach - self.width > table.first_live(num_tokens):
-            raise ValueError(f"cannot go back to {num_tokens} tokens: the device's table has moved past their window")
 
     def _refresh_page(self, lane: int) -> None:
         table = self.tables[lane]
