@@ -15,7 +15,8 @@ from hkv_jax.families.fields import Fields, shown
 logger = logging.getLogger("hkv_jax.families")
 
 _NAMES_AND_VERSIONS = (
-    *("_name_or_path", "name_or_path", "_commit_hash", "auto_map", "tokenizer_class", "transformers_version"),
+    *("_name_or_path", "name_or_path", "_model_name_or_path", "_commit_hash", "auto_map", "tokenizer_class"),
+    "transformers_version",
     *("transformers.js_config", "unsloth_fixed", "unsloth_version", "is_llama_config", "model_name", "finetuning_task"),
 )
 _TRAINING = (
@@ -29,7 +30,7 @@ _EXECUTION = (
     *("_attn_implementation_autoset", "output_attentions", "output_hidden_states", "output_scores", "return_dict"),
     *("return_dict_in_generate", "chunk_size_feed_forward", "pretraining_tp", "is_decoder", "tie_last_hidden_states"),
 )
-_TOKENS = ("pad_token_id", "sep_token_id", "decoder_start_token_id")
+_TOKENS = ("pad_token_id", "unk_token_id", "sep_token_id", "decoder_start_token_id")
 # Left over from the time when a config told how to generate; generation_config.json does now.
 _GENERATION = (
     *("max_length", "min_length", "do_sample", "early_stopping", "num_beams", "temperature", "top_k", "top_p"),
