@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "tools" / "bench_host.py"
-SMALL = "--running 2 3 --context 200 --waiting 0 4 --rounds 1 --steps 3".split()
+SMALL = ["--running", "2", "3", "--context", "200", "--waiting", "0", "4", "--rounds", "1", "--steps", "3"]
 
 
 @pytest.fixture
