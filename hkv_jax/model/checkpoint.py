@@ -1,9 +1,9 @@
 """Weights from safetensors files straight into sharded arrays.
 
 Owns: checking what the files hold against what the model wants, and reading each device's slice. The host holds one
-tensor at a time: its pages of the file, and its slices in the dtype they are wanted in. Orbax reads safetensors too, but
-only through its experimental interface, which takes every such file of a folder whatever the index says, believes the
-header, and repeats no kv heads: with these done here, little is left for it to do.
+tensor at a time: its pages of the file, and its slices in the dtype they are wanted in. Orbax reads safetensors too,
+but only through its experimental interface, which takes every such file of a folder whatever the index says, believes
+the header, and repeats no kv heads: with these done here, little is left for it to do.
 Must never: hold a whole model on the host, or read what ``families.weight_files`` has not checked.
 """
 
