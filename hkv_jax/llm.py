@@ -12,7 +12,7 @@ import operator
 import os
 import queue
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -145,7 +145,7 @@ class LLM:
             for stream in streams:
                 stream.abort()
 
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[StreamDelta]:
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Generator[StreamDelta, None, None]:
         """Continues one prompt and gives what is new as it comes; the request starts with the first ``next``.
 
         Leaving the iteration aborts the request. Who iterates slowly gets fewer, larger deltas.

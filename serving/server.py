@@ -5,7 +5,6 @@ Owns: the settings of the transport, and what a client can see of start and end.
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 
 import grpc
@@ -16,6 +15,7 @@ from hkv_jax.engine.loop import EngineLoop
 from hkv_jax.errors import ConfigError
 from serving.proto import hkv_inference_pb2 as pb
 from serving.proto import hkv_inference_pb2_grpc as pb_grpc
+from serving.server_options import ServerOptions
 from serving.servicer import InferenceServicer
 
 logger = logging.getLogger(__name__)
@@ -35,15 +35,6 @@ _TRANSPORT = {
     "grpc.http2.min_recv_ping_interval_without_data_ms": 10_000,
 }
 _LAST_WORDS_SECONDS = 0.5
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class ServerOptions:
-    """Where to listen (``port`` 0: any that is free), and how long living requests may go on at the end."""
-
-    host: str = "127.0.0.1"
-    port: int = 50051
-    drain_seconds: float = 20.0
 
 
 class InferenceServer:
@@ -90,9 +81,13 @@ class InferenceServer:
         self._servicer.detach()
         await self._health.enter_graceful_shutdown()
         if not await self._servicer.drain(self._options.drain_seconds):
-            logger.warning("requests still lived after %g s; they are cut off", self._options.drain_seconds)
+            logger.warning("requests still lived after %d s; they are cut off", self._options.drain_seconds)
         # Who watches the health never hangs up, so this is no time to wait for everybody.
         await self._server.stop(_LAST_WORDS_SECONDS)
+
+    async def cut_off(self) -> None:
+        """Ends every call now; a ``stop`` that is waiting for them goes on."""
+        await self._server.stop(None)
 
     async def _set_health(self, status: int) -> None:
         for service in ("", SERVICE):

@@ -14,7 +14,8 @@ from hkv_jax.engine.loop import EngineLoop, ServedModel
 from hkv_jax.testing.fake_engine import FakeEngineConfig, fake_engine
 from hkv_jax.tokenizer import Tokenizer
 from serving.client import AsyncInferenceClient
-from serving.server import InferenceServer, ServerOptions
+from serving.server import InferenceServer
+from serving.server_options import ServerOptions
 
 LIMITS = FakeEngineConfig(max_model_len=4096, vocab_size=300)
 
@@ -46,7 +47,7 @@ class FakeService:
 
 @contextlib.asynccontextmanager
 async def fake_service(
-    tokenizer: Tokenizer, *, max_queue: int | None = None, drain_seconds: float = 20.0
+    tokenizer: Tokenizer, *, max_queue: int | None = None, drain_seconds: int = 20
 ) -> AsyncGenerator[FakeService, None]:
     """Serves a fake engine of ``LIMITS`` on a free port while the block runs; end of sequence is id 1, top_k is 5."""
     model = ServedModel(tokenizer, eos_token_ids=(1,), sampling_defaults={"top_k": 5})

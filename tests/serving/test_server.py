@@ -19,7 +19,8 @@ from hkv_jax.tokenizer import Tokenizer
 from serving.client import AsyncInferenceClient
 from serving.proto import hkv_inference_pb2 as pb
 from serving.proto import hkv_inference_pb2_grpc as pb_grpc
-from serving.server import SERVICE, InferenceServer, ServerOptions
+from serving.server import SERVICE, InferenceServer
+from serving.server_options import ServerOptions
 from serving.testing import LIMITS, fake_service
 
 T = TypeVar("T")
@@ -106,7 +107,7 @@ async def to_the_end(call: grpc.aio.UnaryStreamCall) -> None:
 
 def test_who_does_not_end_in_time_is_cut_off(tokenizer: Tokenizer) -> None:
     async def body() -> None:
-        async with fake_service(tokenizer, drain_seconds=0.05) as it, grpc.aio.insecure_channel(it.address) as channel:
+        async with fake_service(tokenizer, drain_seconds=0) as it, grpc.aio.insecure_channel(it.address) as channel:
             call = pb_grpc.InferenceStub(channel).GenerateStream(endless())
             await call.read()
             await it.server.stop()
