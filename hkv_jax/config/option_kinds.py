@@ -25,13 +25,17 @@ _COUNT = re.compile(r"[1-9][0-9]*", re.ASCII)
 _NAME = re.compile(r"[a-z][a-z0-9_]*", re.ASCII)
 
 
+class NotAcceptedError(Exception):
+    """A value is of no kind that is accepted; whoever knows the option's name says so to the user."""
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class OptionKind:
     """How a value is read.
 
     Attributes:
-        parse: a value as it came, a string or already of its type, to the value that is used; ``ValueError`` if it is
-            neither.
+        parse: a value as it came, a string or already of its type, to the value that is used; ``NotAcceptedError`` if it
+            is neither.
         accepts: what is accepted, to be read after "accepted:".
         metavar: the value's name in the help of the command line.
         choices: the words there are, empty where there are too many.
@@ -49,7 +53,7 @@ def count(high: int = MAX_COUNT, unit: str = "") -> OptionKind:
     def parse(value: object) -> int:
         number = _count(value)
         if number > high:
-            raise ValueError
+            raise NotAcceptedError
         return number
 
     limit = f" up to {high}" if high != MAX_COUNT else ""
@@ -61,7 +65,7 @@ def choice(*words: str) -> OptionKind:
 
     def parse(value: object) -> str:
         if not isinstance(value, str) or value not in words:
-            raise ValueError
+            raise NotAcceptedError
         return value
 
     return OptionKind(parse, ", ".join(words), "|".join(words), words)
@@ -75,11 +79,11 @@ def memory() -> OptionKind:
             return _count(value)
         match = _MEMORY.fullmatch(value)
         if match is None or len(match[1]) > MAX_DIGITS or ("." in match[1] and not match[2]):
-            raise ValueError
+            raise NotAcceptedError
         # Exact: 9007199254740993 is no float.
         num_bytes = int(Fraction(match[1]) * _UNITS[(match[2] or "").lower()])
         if not 1 <= num_bytes < 2**63:
-            raise ValueError
+            raise NotAcceptedError
         return num_bytes
 
     return OptionKind(parse, "bytes, as 2GiB, 512MiB or a positive integer", "BYTES")
@@ -91,10 +95,10 @@ def fraction() -> OptionKind:
     def parse(value: object) -> float:
         if isinstance(value, str):
             if not _DECIMAL.fullmatch(value):
-                raise ValueError
+                raise NotAcceptedError
             value = float(value)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1 or math.isnan(value):
-            raise ValueError
+            raise NotAcceptedError
         return float(value)
 
     return OptionKind(parse, "a number above 0, at most 1, such as 0.5", "SHARE")
@@ -105,7 +109,7 @@ def folder() -> OptionKind:
 
     def parse(value: object) -> Path:
         if not isinstance(value, (str, os.PathLike)) or not os.fspath(value):
-            raise ValueError
+            raise NotAcceptedError
         return Path(value).expanduser()
 
     return OptionKind(parse, "the path of a folder", "FOLDER")
@@ -123,7 +127,7 @@ def block_sizes() -> OptionKind:
             pairs = [(ALL_GROUPS, value)]
         sizes = {name: _count(size) for name, size in pairs if isinstance(name, str) and _NAME.fullmatch(name)}
         if not sizes or len(sizes) < len(pairs) or max(sizes.values()) > MAX_COUNT:
-            raise ValueError
+            raise NotAcceptedError
         return sizes
 
     return OptionKind(parse, "a positive integer, or one for each kind of layer, as global=32,sliding=16", "SIZES")
@@ -132,16 +136,16 @@ def block_sizes() -> OptionKind:
 def _count(value: object) -> int:
     if isinstance(value, str):
         if not _COUNT.fullmatch(value) or len(value) > MAX_DIGITS:
-            raise ValueError
+            raise NotAcceptedError
         return int(value)
     if isinstance(value, bool):
-        raise ValueError
+        raise NotAcceptedError
     try:
         number = operator.index(value)  # type: ignore[arg-type]
     except TypeError as error:
-        raise ValueError from error
+        raise NotAcceptedError from error
     if number < 1:
-        raise ValueError
+        raise NotAcceptedError
     return number
 
 

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from hkv_jax.config.option_kinds import OptionKind
+from hkv_jax.config.option_kinds import NotAcceptedError, OptionKind
 from hkv_jax.errors import ConfigError
 
 MAX_TOML_BYTES = 2**20
@@ -60,7 +60,7 @@ class Option:
             return self.default
         try:
             return self.kind.parse(value)
-        except ValueError as error:
+        except NotAcceptedError as error:
             raise ConfigError(f"{name} is {reprlib.repr(value)}; accepted: {self.kind.accepts}") from error
 
 
