@@ -34,8 +34,8 @@ class OptionKind:
     """How a value is read.
 
     Attributes:
-        parse: a value as it came, a string or already of its type, to the value that is used; ``NotAcceptedError`` if it
-            is neither.
+        parse: from a value as it came, a string or already of its type, to the value that is used; raises
+            ``NotAcceptedError`` if it is neither.
         accepts: what is accepted, to be read after "accepted:".
         metavar: the value's name in the help of the command line.
         choices: the words there are, empty where there are too many.
