@@ -80,7 +80,7 @@ class _Plan:
             max_model_len=config.max_model_len,
             config_max_len=self.spec.max_position,
             expected_average_seq_length=config.expected_average_seq_length,
-            block_sizes=config.block_sizes,
+            block_sizes=config.block_sizes(self.spec.kv_groups()),
             partition=config.kv_partition,
             # Rows of 128 lanes are what a TPU can reshape for free; elsewhere a token's heads lie side by side.
             page_layout=PageLayout.PLANES if self.platform == "tpu" else PageLayout.ROWS,

@@ -38,6 +38,8 @@ def load_parameters(
         CheckpointError: a tensor is missing, misshapen, unexpected or truncated.
     """
     checkpoint.check(_expected(decoder, names), names.is_ignored)
+    if names.tied_head is not None:
+        checkpoint.check_copy(names.tied_head, names.outside_layers()["embedding"])
 
     def fill(layer: int | None, shapes: dict[str, tuple[int, ...]]) -> Parameters:
         tensors = names.outside_layers() if layer is None else names.of_layer(layer)
