@@ -67,7 +67,7 @@ def _failed(message: str, code: int) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="hkv-jax",
-        description="Run language models that mix global and sliding-window attention; the KV cache knows which is which.",
+        description="Run language models that mix global and sliding-window attention, with a KV cache of two pools.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
