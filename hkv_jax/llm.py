@@ -17,6 +17,7 @@ from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
+from hkv_jax.config import EngineConfig
 from hkv_jax.engine.loop import EngineLoop
 from hkv_jax.engine.open_model import EngineFactory, OpenModel, Progress, open_model
 from hkv_jax.engine.outbox import RequestStream
@@ -28,7 +29,6 @@ from hkv_jax.sampling_params import SamplingParams
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from hkv_jax.config import EngineConfig
     from hkv_jax.kvcache.layout import KVLayout
     from hkv_jax.spec import ModelSpec
     from hkv_jax.tokenizer import Tokenizer
@@ -75,11 +75,7 @@ class LLM:
             ConfigError: an option, the environment or a file of the model is wrong.
             CheckpointError: the checkpoint is incomplete or broken.
         """
-        from hkv_jax.config import EngineConfig
-
-        if model is not None:
-            options["model"] = model
-        config = EngineConfig(**options)
+        config = EngineConfig.from_options({"model": model, **options})
         with _warm_up_bar(progress) as bar:
             self._model: OpenModel = open_model(config, progress=bar, engine_factory=engine_factory)
         self._progress = progress

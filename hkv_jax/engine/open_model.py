@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hkv_jax.engine.loop import EngineLoop, ServedModel
@@ -71,4 +70,4 @@ def open_model(
 
 
 def _sampling_defaults(config: EngineConfig) -> Mapping[str, Any]:
-    return read_generation_defaults(Path(config.model)) if config.generation_config == "model" else {}
+    return read_generation_defaults(config.model) if config.generation_config == "model" else {}

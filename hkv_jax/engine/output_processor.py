@@ -119,7 +119,7 @@ class OutputProcessor:
     def _take(self, events: list[TokenEvent]) -> None:
         for event in events:
             living = self._living.get(event.sequence.request)
-            if living is None or living.samples[event.sequence.sample].ended:
+            if living is None:
                 continue
             try:
                 self._take_event(living, event)
@@ -128,6 +128,8 @@ class OutputProcessor:
 
     def _take_event(self, living: LivingRequest, event: TokenEvent) -> None:
         sample = event.sequence.sample
+        if living.samples[sample].ended:
+            return
         piece = living.samples[sample].push(event)
         if not living.num_output_tokens:
             self._listener.began(living)
