@@ -9,7 +9,7 @@ import dataclasses
 import re
 
 from hkv_jax.config import Option, option, options_of, settle
-from hkv_jax.config.option_kinds import OptionKind
+from hkv_jax.config.option_kinds import NotAcceptedError, OptionKind
 
 _WHOLE = re.compile(r"[0-9]{1,9}", re.ASCII)
 _HOST = re.compile(r"[0-9A-Za-z_.:%-]+", re.ASCII)
@@ -19,7 +19,7 @@ _MAX_DRAIN_SECONDS = 86_400
 
 def _host(value: object) -> str:
     if not isinstance(value, str) or not _HOST.fullmatch(value):
-        raise ValueError
+        raise NotAcceptedError
     return value
 
 
@@ -28,7 +28,7 @@ def _whole_number(high: int) -> OptionKind:
         if isinstance(value, str) and _WHOLE.fullmatch(value):
             value = int(value)
         if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= high:
-            raise ValueError
+            raise NotAcceptedError
         return value
 
     return OptionKind(parse, f"an integer from 0 to {high}", "N")

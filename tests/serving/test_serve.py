@@ -1,0 +1,50 @@
+"""The server as a command: signals, exit codes, what it prints; in process, on an engine whose device is fake."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from pathlib import Path
+
+import pytest
+
+from serving.cli import main
+from serving.client import InferenceClient
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_serve_until_a_signal(
+    model: Path, capsys: pytest.CaptureFixture[str], free_port: int, number: signal.Signals, code: int
+) -> None:
+    seen: list[object] = []
+
+    def visit() -> None:
+        try:
+            with InferenceClient(f"127.0.0.1:{free_port}") as client:
+                client.wait_ready(timeout=20)
+                seen.append(client.server_info().model)
+        finally:
+            os.kill(os.getpid(), number)
+
+    visitor = threading.Thread(target=visit)
+    visitor.start()
+    assert main(["serve", "--model", str(model), "--port", str(free_port)]) == code
+    visitor.join()
+    assert seen == [model.name]
+    err = capsys.readouterr().err
+    assert f"serving on 127.0.0.1:{free_port}" in err
+    assert err.splitlines()[-1] == "stopped"
+
+
+def test_serve_says_that_its_port_is_taken(model: Path, capsys: pytest.CaptureFixture[str], taken_port: int) -> None:
+    assert main(["serve", "--model", str(model), "--port", str(taken_port)]) == 2
+    assert f"port {taken_port} cannot be listened on" in capsys.readouterr().err
+
+
+def test_a_server_whose_engine_has_died_ends(
+    model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hkv_jax.engine.loop.EngineLoop.running", False)
+    assert main(["serve", "--model", str(model), "--port", "0"]) == 1
+    assert "the engine has stopped" in capsys.readouterr().err
