@@ -14,6 +14,7 @@ import hkv_jax.engine.open_model
 import hkv_jax.llm
 from hkv_jax.config import EngineConfig
 from hkv_jax.errors import CheckpointError, EngineStoppedError
+from hkv_jax.llm import Prompt
 from hkv_jax.outputs import Completion, FinishReason, RequestOutput, TokenLogprob, Usage
 from hkv_jax.sampling_params import SamplingParams
 from serving.cli import main
@@ -62,9 +63,8 @@ def test_generate_keeps_the_order_of_prompts_and_stdout_clean(model: Path, capsy
     lines = [json.loads(line) for line in out.splitlines()]
     assert [(line["index"], line["sample"]) for line in lines] == [(i, s) for i in range(3) for s in range(2)]
     with hkv_jax.llm.LLM(model) as llm:
-        expected = llm.generate(
-            ["the cat", [5, 6, 7], "hello"], SamplingParams(max_tokens=9, seed=3, n=2, ignore_eos=True)
-        )
+        same: list[Prompt] = ["the cat", [5, 6, 7], "hello"]
+        expected = llm.generate(same, SamplingParams(max_tokens=9, seed=3, n=2, ignore_eos=True))
     assert [json.loads(line) for line in json_lines(expected)] == lines
     assert "global" in err
     assert "sliding" in err
