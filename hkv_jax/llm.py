@@ -131,11 +131,13 @@ class LLM:
         """
         batch = _as_batch(prompts)
         streams: list[RequestStream] = []
+        num_tokens_before = self.stats().num_output_tokens
         try:
             for index, (prompt, of_prompt) in enumerate(zip(batch, _params_of(params, len(batch)), strict=True)):
                 with _naming_the_prompt(index, len(batch)):
                     streams.append(self.loop.submit(self._token_ids(prompt), of_prompt))
-            self._wait(streams, self._progress if progress is None else progress)
+            console = _console(self._progress if progress is None else progress)
+            _wait(streams, console, lambda: self.stats().num_output_tokens - num_tokens_before)
             return [stream.result() for stream in streams]
         finally:
             for stream in streams:
@@ -217,23 +219,25 @@ class LLM:
         except TypeError as error:
             raise RequestError("a prompt that is not text must be a list of token ids, which are integers") from error
 
-    def _wait(self, streams: Sequence[RequestStream], progress: bool | None) -> None:
-        """Until all have ended; what they bring is merged meanwhile."""
-        ended: queue.SimpleQueue[None] = queue.SimpleQueue()
-        for stream in streams:
-            stream.set_on_end(partial(ended.put, None))
-        console = _console(progress)
-        if console is None:
-            for _ in streams:
-                ended.get()
-        else:
-            _show_requests(console, ended, len(streams), lambda: self.stats().num_output_tokens)
+
+def _wait(streams: Sequence[RequestStream], console: Console | None, num_tokens: Callable[[], int]) -> None:
+    """Until all have ended; what they bring is merged meanwhile. With a ``console``, a bar shows how far they are."""
+    ended: queue.SimpleQueue[None] = queue.SimpleQueue()
+    for stream in streams:
+        stream.set_on_end(partial(ended.put, None))
+    if console is None:
+        for _ in streams:
+            ended.get()
+    elif streams:
+        _show_requests(console, ended, len(streams), num_tokens)
 
 
 def _as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     """A list of prompts, whatever form they came in; a list of ids is one prompt."""
     if isinstance(prompts, str):
         return [prompts]
+    if isinstance(prompts, bytes):
+        raise RequestError("a prompt is text or a list of token ids, not bytes")
     batch: list[Any] = list(prompts)
     if batch and all(hasattr(item, "__index__") and not hasattr(item, "__len__") for item in batch):
         return [batch]
@@ -273,7 +277,7 @@ def _console(progress: bool | None) -> Console | None:
     return console if progress or console.is_terminal or console.is_jupyter else None
 
 
-def _show_requests(console: Console, ended: queue.SimpleQueue[None], total: int, tokens: Callable[[], int]) -> None:
+def _show_requests(console: Console, ended: queue.SimpleQueue[None], total: int, num_tokens: Callable[[], int]) -> None:
     """Shows a bar until ``total`` requests have ended."""
     from rich import progress as rich_progress
 
@@ -285,13 +289,12 @@ def _show_requests(console: Console, ended: queue.SimpleQueue[None], total: int,
         rich_progress.TimeElapsedColumn(),
     )
     with rich_progress.Progress(*columns, console=console) as bar:
-        before = tokens()
         task = bar.add_task("generating", total=total, tokens=0)
         while not bar.finished:
             with contextlib.suppress(queue.Empty):
                 ended.get(timeout=_REFRESH_SECONDS)
                 bar.advance(task)
-            bar.update(task, tokens=tokens() - before)
+            bar.update(task, tokens=num_tokens())
 
 
 @contextlib.contextmanager

@@ -234,9 +234,10 @@ class EngineLoop:
                 if (living := self._requests.get(request_id)) is not None:
                     self._output.fail(living, error)
             events = []
+        # First the figures, then the events: a client that sees its last token finds it counted.
+        self._stats = self._stats.after_step(engine, len(events))
         if events:
             self._output.take(events)
-        self._stats = self._stats.after_step(engine, len(events))
 
     def _expire(self, engine: Engine) -> None:
         """Aborts the requests whose deadline has passed."""

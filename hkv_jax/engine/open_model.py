@@ -7,22 +7,40 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
+from hkv_jax.config import EngineConfig
+from hkv_jax.engine.engine import Engine
 from hkv_jax.engine.loop import EngineLoop, ServedModel
 from hkv_jax.families import read_generation_defaults
 from hkv_jax.kvcache.layout import KVLayout
 from hkv_jax.spec import ModelSpec
 from hkv_jax.tokenizer import Tokenizer
 
-if TYPE_CHECKING:
-    from hkv_jax.config import EngineConfig
-    from hkv_jax.engine.factory import EngineParts
-
 Progress = Callable[[str, int, int], None]
 """Told what was just done, how many things are done, and how many there are."""
 
-EngineFactory = Callable[["EngineConfig", Progress | None], "EngineParts"]
+
+class EngineParts(Protocol):
+    """What an engine factory returns; the real one gives more."""
+
+    @property
+    def engine(self) -> Engine:
+        """Idle, and warm."""
+        ...
+
+    @property
+    def spec(self) -> ModelSpec:
+        """What the model is."""
+        ...
+
+    @property
+    def layout(self) -> KVLayout:
+        """How its KV memory is split."""
+        ...
+
+
+EngineFactory = Callable[[EngineConfig, Progress | None], EngineParts]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
