@@ -16,6 +16,7 @@ from hkv_jax.errors import ConfigError
 
 MAX_JSON_BYTES = 64 * 2**20
 MAX_COUNT = 2**31 - 1
+MAX_SHOWN = 120
 
 
 def read_json_object(path: Path) -> dict[str, object]:
@@ -66,7 +67,8 @@ def shown(value: object) -> str:
     """``value`` for a message, cut to a readable length."""
     brief = reprlib.Repr()
     brief.maxstring = brief.maxother = brief.maxlong = 60
-    return brief.repr(value)
+    text = brief.repr(value)
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
 
 
 class Fields:

@@ -65,11 +65,11 @@ def read(fields: Fields) -> ModelSpec:
     text.raw("architectures")
     spec = read_text(text)
     settle_unread(text, "gemma3_text", TEXT_IGNORED)
-    tied = spec.tie_embeddings
-    if "tie_word_embeddings" in fields:
-        tied = fields.flag("tie_word_embeddings", tied)
-        if "tie_word_embeddings" in text and tied != spec.tie_embeddings:
-            raise ConfigError(f"{fields.where}: tie_word_embeddings is not what it is in text_config; leave one out")
+    tied = fields.flag("tie_word_embeddings", _DEFAULTS.tie_word_embeddings)
+    if "tie_word_embeddings" in text and tied != spec.tie_embeddings:
+        raise ConfigError(
+            f"{fields.where}: tie_word_embeddings is {tied} but {spec.tie_embeddings} in text_config; make them equal"
+        )
     return dataclasses.replace(
         spec,
         architecture="gemma3",

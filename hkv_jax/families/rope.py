@@ -79,6 +79,9 @@ def _by_kind(fields: Fields, style: RopeStyle) -> dict[LayerKind, tuple[str, dic
             return dict.fromkeys(LayerKind, (where, parameters))
         if parameters and name == "rope_parameters":
             raise fields.error(name, f"one object for each of {' and '.join(LAYER_TYPES.values())}")
+        if "type" in parameters and "rope_type" not in parameters:
+            # The reference implementation reads this spelling elsewhere, and here it drops the scaling.
+            raise ConfigError(f"{where}: type is not read in this family; call it rope_type")
         return {LayerKind.GLOBAL: (where, parameters), LayerKind.SLIDING: (where, {})}
     beside = parameters.keys() - nested
     if beside:
