@@ -21,8 +21,8 @@ class FinishReason(enum.StrEnum):
 class TokenLogprob:
     """A token with the natural logarithm of its probability under the model's own distribution.
 
-    ``logprob`` is ``None`` only for the first token of a prompt. ``top`` holds ``(token_id, logprob)`` of the most likely
-    tokens, most likely first; the token itself may or may not be among them.
+    ``logprob`` is ``None`` only for the first token of a prompt. ``top`` holds ``(token_id, logprob)`` of the most
+    likely tokens, most likely first; the token itself may or may not be among them.
     """
 
     token_id: int

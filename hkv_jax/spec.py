@@ -1,9 +1,10 @@
 """What a model is, as plain data: the only description of a model the rest of the runtime reads.
 
-Owns: the kinds of layer, the shape of each, and how layers form KV groups. Must never: import jax, read files, or know a
-model family by name (``hkv_jax.families`` translates a ``config.json`` into these types).
+Owns: the kinds of layer, the shape of each, and how layers form KV groups. Must never: import jax, read files, or know
+a model family by name (``hkv_jax.families`` translates a ``config.json`` into these types).
 
-The attention window ``W`` counts tokens including the query itself: token ``i`` sees token ``j`` when ``0 <= i - j < W``.
+The attention window ``W`` counts tokens including the query itself: token ``i`` sees token ``j`` when ``0 <= i - j <
+W``.
 """
 
 from __future__ import annotations
@@ -154,8 +155,8 @@ class ModelSpec:
     def kv_groups(self) -> tuple[KVGroupSpec, ...]:
         """The KV groups, global ones first, each kind in order of first appearance.
 
-        A group is called ``global`` or ``sliding``; ``_w<W>`` and then ``_k<K>d<D>`` are appended only where a model has
-        several groups that would otherwise share a name.
+        A group is called ``global`` or ``sliding``; ``_w<W>`` and then ``_k<K>d<D>`` are appended only where a model
+        has several groups that would otherwise share a name.
         """
         by_key: dict[tuple[LayerKind, int, int, int], list[int]] = {}
         for index, layer in enumerate(self.layers):
