@@ -212,7 +212,7 @@ def _largest_temporaries(plan: _Plan, budget_bytes: int) -> int:
 
 def _use_compilation_cache() -> None:
     """Keeps compiled programs between runs, unless jax was told where already."""
-    if jax.config.read("jax_compilation_cache_dir") is not None:
+    if getattr(jax.config, "jax_compilation_cache_dir", None) is not None:
         return
     folder = os.environ.get(COMPILATION_CACHE_VARIABLE) or str(Path.home() / ".cache" / "hkv-jax" / "xla")
     jax.config.update("jax_compilation_cache_dir", folder)
