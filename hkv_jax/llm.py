@@ -6,6 +6,7 @@ threads only), or import jax before a model is opened.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import gc
 import operator
@@ -79,8 +80,11 @@ class LLM:
         with _warm_up_bar(progress) as bar:
             self._model: OpenModel = open_model(config, progress=bar, engine_factory=engine_factory)
         self._progress = progress
-        # At the end of the program too: threads that run device code must end before the interpreter does.
-        self._finalizer = weakref.finalize(self, self._model.loop.close)
+        # At the end of the program the threads must end before jax does: what is registered last runs first. Finalizers
+        # run as if registered with the first of them, which may be before jax.
+        atexit.register(self._model.loop.close)
+        self._finalizer = weakref.finalize(self, _close, self._model.loop)
+        self._finalizer.atexit = False
 
     @property
     def config(self) -> EngineConfig:
@@ -199,7 +203,7 @@ class LLM:
 
     def close(self) -> None:
         """Ends the engine and frees its memory; living requests end with ``EngineStoppedError``. Twice does no harm."""
-        self.loop.close()
+        _close(self.loop)
         self._finalizer.detach()
         gc.collect()  # device arrays may hang on reference cycles
 
@@ -218,6 +222,11 @@ class LLM:
             return [operator.index(token_id) for token_id in prompt]
         except TypeError as error:
             raise RequestError("a prompt that is not text must be a list of token ids, which are integers") from error
+
+
+def _close(loop: EngineLoop) -> None:
+    loop.close()
+    atexit.unregister(loop.close)
 
 
 def _wait(streams: Sequence[RequestStream], console: Console | None, num_tokens: Callable[[], int]) -> None:
