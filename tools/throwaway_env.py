@@ -16,9 +16,9 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-# The oldest interpreter torch has a CPU build of this release for; the exact pin keeps pip from choosing a CUDA build.
+# An exact release, since a range would let pip choose a build for CUDA of several GB.
 TORCH = "torch==2.13.0"
-TRANSFORMERS = ("transformers>=5.23,<6", "safetensors>=0.5")
+TRANSFORMERS = ("transformers==5.23.*", "safetensors>=0.5")
 
 
 def say(text: str) -> None:
@@ -50,17 +50,25 @@ def reference_python(requirements: Sequence[str], *, folder: Path | None = None,
         if not python.exists():
             say(f"making an environment in {place}")
             _run([sys.executable, "-m", "venv", str(place)])
-        pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-        say(f"installing {TORCH} (about 200 MB; first time: minutes)")
-        _run([*pip, TORCH])
+        say(f"installing {TORCH} (about 200 MB; minutes)")
+        pip_install(python, [TORCH])
         say(f"installing {', '.join((*TRANSFORMERS, *requirements))}")
-        _run([*pip, TORCH, *TRANSFORMERS, *requirements])
+        pip_install(python, [TORCH, *TRANSFORMERS, *requirements])
         yield python
     finally:
         if folder is None and keep:
             say(f"the environment stays in {place}")
         elif folder is None:
             shutil.rmtree(place, ignore_errors=True)
+
+
+def pip_install(python: Path, arguments: Sequence[str]) -> None:
+    """``pip install`` into the environment of ``python``.
+
+    Raises:
+        SystemExit: pip failed; with its exit status.
+    """
+    _run([str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *arguments])
 
 
 def run_in(python: Path, command: Sequence[str | Path]) -> None:
