@@ -7,8 +7,8 @@ smollm2-135m          SmolLM2 135M Instruct (it chats): Llama architecture, all 
 smollm2-135m-hybrid   the same weights declared hybrid: every 4th layer global, the others sliding, window 256.
 
 The packages hold quantized GGUF files; transformers reads them and the weights are saved in bf16, with tokenizer and,
-where there is one, chat template. That needs torch and transformers: an environment of their own is made for the run and
-removed at the end. Needs about 3 GB of disk while it runs, and a few minutes.
+where there is one, chat template. That needs torch and transformers: an environment of their own is made for the run
+and removed at the end. Needs about 3 GB of disk while it runs, and a few minutes.
 """
 
 from __future__ import annotations
