@@ -79,7 +79,7 @@ def test_tokens_after_a_stop_string_are_dropped_whenever_it_was_noticed(output: 
 
 def test_a_request_ends_with_its_last_sample(output: Output) -> None:
     _, stream, sequences = output.add("r", n=2, stop="cat")
-    output.take(" cat", sequences[1])
+    output.take(" cat sat", sequences[1])  # the last token comes after the stop string
     output.take(" the cat", sequences[0])
     result = stream.result()
     assert [completion.text for completion in result.outputs] == [" the ", " "]
