@@ -47,6 +47,8 @@ class ProgramFactory:
     ``matmul_precision`` is what products use: ``highest`` for float32, so that no platform rounds them silently.
     """
 
+    step_program: type[StepProgram] = StepProgram
+
     def __init__(
         self, decoder: Decoder, attention: tuple[AttentionSpec, ...], layout: KVLayout, matmul_precision: str | None
     ) -> None:
@@ -57,7 +59,7 @@ class ProgramFactory:
         self, batch_format: BatchFormat, parameters: ModelParameters, state: DeviceState
     ) -> jax.stages.Lowered:
         """The step of one bucket; ``parameters`` and ``state`` are arrays or their shapes. The state is donated."""
-        program = StepProgram(self._decoder, self._attention, batch_format)
+        program = self.step_program(self._decoder, self._attention, batch_format)
         buffers = (
             self._replicated((batch_format.num_ints,), np.int32),
             self._replicated((batch_format.num_floats,), np.float32),

@@ -225,6 +225,11 @@ def plan_layout(request: LayoutRequest) -> KVLayout:
     return layout
 
 
+def least_bytes(request: LayoutRequest) -> int:
+    """Bytes on one chip that just hold one sequence of ``request.max_model_len`` tokens; the budget is not read."""
+    return smallest_budget(_needs(request, _formats(request), request.max_model_len or request.config_max_len))
+
+
 def most_useful_bytes(request: LayoutRequest) -> int:
     """Bytes on one chip beyond which more KV memory serves nobody: ``max_num_seqs`` sequences of the longest length.
 
@@ -266,9 +271,7 @@ def _formats(request: LayoutRequest) -> tuple[KVFormat, ...]:
 
 def _floor_blocks(group: KVGroupSpec, block_size: int, max_chunk: int, max_model_len: int) -> int:
     whole = -(-max_model_len // block_size)
-    return (
-        whole if group.window is None else min(whole, most_window_blocks(group.window, block_size, max(2, max_chunk)))
-    )
+    return whole if group.window is None else min(whole, most_window_blocks(group.window, block_size, max_chunk))
 
 
 def _expected_length(request: LayoutRequest, max_model_len: int) -> int:

@@ -1,0 +1,193 @@
+"""An engine whose steps also hand out the logits of every token: what parity tests compare with a reference.
+
+Owns: building it over a checkpoint folder and remembering logits by request and position. The step's own program does the
+work; the probe only adds an output. Must never: change what a step computes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from numpy.typing import NDArray
+
+from hkv_jax.engine.batch import StepBatch
+from hkv_jax.engine.batch_format import BatchFormat, Bucket
+from hkv_jax.engine.buckets import Buckets
+from hkv_jax.engine.device_state import DeviceState, state_shapes
+from hkv_jax.engine.engine import Engine
+from hkv_jax.engine.plan import StepPlan
+from hkv_jax.engine.programs import ProgramFactory, Programs
+from hkv_jax.engine.request import Request
+from hkv_jax.engine.runner import Runner, StepHandle
+from hkv_jax.engine.scheduler import Scheduler, SchedulerConfig
+from hkv_jax.engine.step import StepOutputs, StepProgram
+from hkv_jax.families import TensorNames, read_model_spec
+from hkv_jax.kvcache.format import PageLayout
+from hkv_jax.kvcache.layout import KVLayout, LayoutRequest, least_bytes, plan_layout
+from hkv_jax.kvcache.manager import CacheManager
+from hkv_jax.model.checkpoint import Checkpoint
+from hkv_jax.model.kv_arena import storage_dtype
+from hkv_jax.model.parameters import load_parameters
+from hkv_jax.model.transformer import Decoder, ModelParameters
+from hkv_jax.model.xla_attention import AttentionSpec
+from hkv_jax.sampling_params import SamplingParams
+from hkv_jax.sharding import make_mesh
+from hkv_jax.spec import ModelSpec
+
+
+@dataclasses.dataclass(frozen=True)
+class ProbeOptions:
+    """What decides the programs of a probe; hashable, so that probes of equal options share them.
+
+    ``budget_bytes`` ``None`` is the least that serves one sequence of ``max_model_len``. ``spec_changes`` are (field, value) pairs put into the ``ModelSpec``: damage, to see a test fail.
+    """
+
+    folder: Path
+    block_size: int = 16
+    tensor_parallel: int = 1
+    partition: str = "moving"
+    page_layout: PageLayout = PageLayout.ROWS
+    budget_bytes: int | None = 1 << 22
+    max_num_seqs: int = 4
+    max_num_batched_tokens: int = 80
+    max_model_len: int = 112
+    spec_changes: tuple[tuple[str, Any], ...] = ()
+
+
+class _ProbeProgram(StepProgram):
+    """A step that also returns f32[T, V], the logits of every token."""
+
+    def _draw(self, parameters: Any, state: Any, fields: Any, hidden: Any) -> Any:
+        state, outputs = super()._draw(parameters, state, fields, hidden)
+        return state, (outputs, self.decoder.embedder(parameters).logits(hidden))
+
+
+class _ProbeFactory(ProgramFactory):
+    step_program = _ProbeProgram
+
+
+@dataclasses.dataclass(frozen=True)
+class _Compiled:
+    """What is made once for equal options."""
+
+    spec: ModelSpec
+    layout: KVLayout
+    parameters: ModelParameters
+    shapes: DeviceState
+    buckets: Buckets
+    programs: Programs
+
+
+class _ProbeRunner(Runner):
+    """Runs every plan in the two probe programs and keeps their logits."""
+
+    def __init__(self, compiled: _Compiled) -> None:
+        super().__init__(
+            compiled.programs, compiled.parameters, compiled.shapes, compiled.buckets, compiled.spec.vocab_size
+        )
+        self.logits: dict[tuple[str, int], NDArray[np.float32]] = {}
+
+    def dispatch(self, plan: StepPlan, batch: StepBatch) -> StepHandle:
+        handle = super().dispatch(plan, batch)
+        outputs, logits = handle._outputs  # type: ignore[misc]
+        rows = np.asarray(logits)
+        decode = plan.decode
+        token = 0
+        for sequence, position in zip(decode.sequences, decode.positions.tolist(), strict=True):
+            self.logits[sequence.request.request_id, position] = rows[token]
+            token += 1
+        for chunk in plan.chunks:
+            for position in range(chunk.start, chunk.end):
+                self.logits[chunk.sequence.request.request_id, position] = rows[token]
+                token += 1
+        return StepHandle(StepOutputs(*outputs), batch)
+
+
+class Probe:
+    """A small engine over a checkpoint, in float32, run to the end of its requests."""
+
+    def __init__(self, options: ProbeOptions, max_prefill_chunk: int) -> None:
+        """Loads and compiles, or takes what a probe of equal ``options`` has compiled."""
+        compiled = _compile(options)
+        self.spec, self.layout = compiled.spec, compiled.layout
+        self._runner = _ProbeRunner(compiled)
+        self.cache = CacheManager(compiled.layout, options.max_num_seqs)
+        config = SchedulerConfig(
+            max_num_seqs=options.max_num_seqs,
+            max_num_batched_tokens=options.max_num_batched_tokens,
+            max_prefill_chunk=max_prefill_chunk,
+            max_model_len=options.max_model_len,
+            vocab_size=compiled.spec.vocab_size,
+        )
+        self.scheduler = Scheduler(config, self.cache)
+        self._engine = Engine(self.scheduler, self.cache, self._runner)
+
+    def generate(self, prompts: Mapping[str, list[int]], params: SamplingParams) -> dict[str, list[int]]:
+        """Runs requests by id, in the order given, and returns their tokens; invariants are checked after every step."""
+        outputs: dict[str, list[int]] = {name: [] for name in prompts}
+        for name, prompt in prompts.items():
+            self._engine.add(Request.create(name, prompt, params))
+        while self._engine.has_work:
+            for event in self._engine.step():
+                outputs[event.sequence.request.request_id].append(event.token_id)
+            self.cache.check_invariants()
+        return outputs
+
+    def logits(self, name: str, num_tokens: int) -> NDArray[np.float32]:
+        """f32[num_tokens, V] of the first tokens of a request, as last computed."""
+        return np.stack([self._runner.logits[name, position] for position in range(num_tokens)])
+
+
+@cache
+def _compile(options: ProbeOptions) -> _Compiled:
+    spec = dataclasses.replace(read_model_spec(options.folder), **dict(options.spec_changes))
+    dtype, mesh = jnp.dtype(jnp.float32), make_mesh(options.tensor_parallel)
+    request = _layout_request(options, spec)
+    layout = plan_layout(dataclasses.replace(request, budget_bytes=options.budget_bytes or least_bytes(request)))
+    heads = tuple(max(layer.num_kv_heads, options.tensor_parallel) for layer in spec.layers)
+    decoder = Decoder(spec, mesh, heads, tuple(group.arena for group in layout.groups), 0)
+    checkpoint = Checkpoint(options.folder)
+    names = TensorNames.of_checkpoint(spec, checkpoint.tensors)
+    parameters = load_parameters(decoder, checkpoint, names, dtype, lambda *_: None)
+    shapes = state_shapes(layout, mesh, options.max_num_seqs, spec.vocab_size, storage_dtype(dtype, "cpu"))
+    attention = tuple(
+        AttentionSpec(g.format, g.spec.window, g.table_width, spec.attention_scale, spec.attention_soft_cap, dtype)
+        for g in layout.groups
+    )
+    buckets = _TwoBuckets(options, [group.format.block_size for group in layout.groups])
+    factory = _ProbeFactory(decoder, attention, layout, "highest")
+    programs = Programs.compile(factory, buckets.all, (parameters, shapes), lambda *_: None)
+    return _Compiled(spec, layout, parameters, shapes, buckets, programs)
+
+
+class _TwoBuckets(Buckets):
+    """One decode and one prefill bucket: a parity test wants many engines, not many shapes."""
+
+    def __init__(self, options: ProbeOptions, block_sizes: list[int]) -> None:
+        rows, tokens = options.max_num_seqs, options.max_num_batched_tokens
+        self.decode = (BatchFormat(Bucket(rows, rows, False), tuple(block_sizes)),)
+        self.prefill = (BatchFormat(Bucket(tokens, rows, True), tuple(block_sizes)),)
+
+
+def _layout_request(options: ProbeOptions, spec: ModelSpec) -> LayoutRequest:
+    groups = spec.kv_groups()
+    return LayoutRequest(
+        groups=groups,
+        budget_bytes=1,
+        max_model_len=options.max_model_len,
+        config_max_len=spec.max_position,
+        expected_average_seq_length=None,
+        block_sizes={group.name: options.block_size for group in groups},
+        partition=options.partition,
+        page_layout=options.page_layout,
+        itemsize=4,
+        tensor_parallel=options.tensor_parallel,
+        max_chunk=options.max_num_batched_tokens,
+        max_num_seqs=options.max_num_seqs,
+    )
