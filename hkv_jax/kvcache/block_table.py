@@ -113,6 +113,8 @@ class BlockTable:
         dropped = [block for block in self.ids[kept:] if block != HOLE]
         del self.ids[kept:]
         self.first_block = min(self.first_block, num_blocks)
+        if not num_tokens:
+            self.reach = 0
         self.end = num_tokens
         self.start = min(self.start, num_tokens)
         return dropped
@@ -126,6 +128,7 @@ class BlockTable:
 
     def check_invariants(self) -> None:
         """Asserts T1 and that holes are where they may be."""
+        assert self.start <= self.end, "T1: the last chunk ends before it starts"
         assert len(self.ids) == -(-self.end // self.block_size) - self.first_block, "T1: wrong number of blocks"
         holes = [self.first_block + i for i, block in enumerate(self.ids) if block == HOLE]
         assert not holes or self.window is not None, "T1: a hole in a global group"

@@ -62,7 +62,7 @@ class GroupCache:
         """Raises ``ValueError`` where the lane's first ``num_tokens`` tokens alone are no longer all here."""
         table = self.tables[lane]
         table.check_return(num_tokens)
-        if table.reach - self.width > table.first_live(num_tokens):
+        if num_tokens and table.reach - self.width > table.first_live(num_tokens):
             raise ValueError(f"cannot go back to {num_tokens} tokens: the device's table has moved past their window")
 
     def check_truncate(self, lane: int, num_tokens: int) -> None:
@@ -112,7 +112,6 @@ class GroupCache:
         self.pool.retain(shared)
         other.ids.extend(shared)
         other.start = other.end = num_tokens
-        other.reach = table.reach
         if table.end < num_tokens:  # it got there by decode steps that went unreported
             table.start = table.end = num_tokens
         copy = None

@@ -144,6 +144,18 @@ def test_truncate_returns_what_held_only_dropped_tokens() -> None:
     cache.check_invariants()
 
 
+def test_truncate_to_nothing_begins_again() -> None:
+    cache = make(32)
+    assert cache.extend(0, 32, 60)
+    cache.truncate(0, 0)
+    assert used(cache) == [0, 0]
+    assert cache.watermarks[0] == 0
+    assert cache.extend(0, 0, 20)
+    assert used(cache) == [3, 4]
+    cache.truncate(0, 19)
+    cache.check_invariants()
+
+
 def test_truncate_cannot_bring_a_window_back() -> None:
     cache = make(32)
     assert cache.extend(0, 32, 33)

@@ -48,7 +48,7 @@ def test_global_blocks_follow_the_backend_and_the_window() -> None:
     assert default_block_sizes([wide], ROWS, 2) == {"global": 32}
     assert default_block_sizes([wide], PLANES, 2) == {"global": 64}
     assert default_block_sizes([wide, tiny_group(4096)], ROWS, 2) == {"global": 128, "sliding": 128}
-    # Four chips leave one head a chip: a page of 64 tokens would be 32 KiB / 1, of one head of 64 lanes half of that.
+    # One head of 128 a chip makes pages of 32 KiB; one of 64 shares a plane, and 64 tokens would be 16 KiB.
     assert default_block_sizes([wide], PLANES, 2, tensor_parallel=4) == {"global": 64}
     assert default_block_sizes([tiny_group(None, num_kv_heads=1, head_dim=64)], PLANES, 2) == {"global": 128}
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from hkv_jax.errors import ConfigError
 from hkv_jax.kvcache.format import PageLayout
-from hkv_jax.kvcache.layout import KVLayout, most_useful_bytes, most_window_blocks, plan_layout
+from hkv_jax.kvcache.layout import KVLayout, least_bytes, most_useful_bytes, most_window_blocks, plan_layout
 from hkv_jax.testing.cache_layouts import tiny_group, tiny_layout_request
 
 GLOBAL, SLIDING = 0, 1
@@ -156,6 +156,7 @@ def test_a_refused_budget_names_numbers_that_do(partition: str) -> None:
     found = re.search(r"at least (\d+) bytes .* max_model_len at most (\d+)", str(caught.value))
     assert found
     needed, longest = int(found[1]), int(found[2])
+    assert least_bytes(tiny_layout_request(max_model_len=4096, partition=partition)) == needed
     assert plan(max_model_len=4096, partition=partition, budget_bytes=needed).max_model_len == 4096
     assert plan(max_model_len=longest, partition=partition).max_model_len == longest
     with pytest.raises(ConfigError):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from hkv_jax.kvcache.partition import Partition, PoolNeed, partition_budget, smallest_budget
@@ -47,6 +47,7 @@ def best_slab_size(needs: list[PoolNeed], budget: int, parts: int) -> int | None
 
 @settings(max_examples=300)
 @given(needs=needs_of_one_arena, budget=st.integers(1, 6000), parts=st.sampled_from([1, 2]))
+@example(needs=[need(0, 5, 16, 5, 5), need(0, 1, 8, 6, 2), need(0, 3, 16, 1, 2)], budget=1157, parts=2)
 def test_split_is_what_brute_force_finds(needs: list[PoolNeed], budget: int, parts: int) -> None:
     partition = partition_budget(needs, budget, parts)
     slab = best_slab_size(needs, budget, parts)
