@@ -164,7 +164,8 @@ def _prefill_rows(spec: AttentionSpec, inputs: AttentionInputs, tile: int, outpu
         first_key, pool_end = jnp.int32(0), tile_end
         if spec.window is not None:
             first_key, pool_end = jnp.maximum(position - spec.window + 1, 0), rows.start_positions[row]
-            state = _accumulate_own(spec, padded, queries, (first_key, tile_end), state)
+            own_tile = min(KEY_TILE_TOKENS, inputs.keys.shape[0])
+            state = _accumulate_own(spec, padded, queries, (first_key, tile_end, own_tile), state)
         tile_blocks = max(1, min(KEY_TILE_TOKENS // spec.format.block_size, spec.table_width))
         state = _accumulate_pool(spec, padded, queries, (first_key, pool_end, tile_blocks), state)
         return _store(state, outputs, token, tile)
@@ -221,27 +222,29 @@ def _accumulate_pool(
 
 
 def _accumulate_own(
-    spec: AttentionSpec, padded: AttentionInputs, queries: _Queries, span: tuple[jax.Array, jax.Array], state: _Softmax
+    spec: AttentionSpec,
+    padded: AttentionInputs,
+    queries: _Queries,
+    span: tuple[jax.Array, jax.Array, int],
+    state: _Softmax,
 ) -> _Softmax:
-    """Adds the row's own keys of this step at positions [first, end), from the activations."""
-    first_key, end_key = span
+    """Adds the row's own keys of this step at positions [first, end), from the activations, ``size`` at a time."""
+    first_key, end_key, size = span
     start = padded.rows.start_positions[queries.row]
     token_of_start = padded.rows.query_starts[queries.row]
     first_own = jnp.maximum(first_key, start)
-    size = min(KEY_TILE_TOKENS, padded.keys.shape[0])
     num_tiles = -(-(end_key - first_own) // size)
     offsets = jnp.arange(size, dtype=jnp.int32)
 
     def one_tile(number: jax.Array, state: _Softmax) -> _Softmax:
         begin = first_own + number * size
         token = token_of_start + begin - start
-        keys_values = (
-            lax.dynamic_slice_in_dim(padded.keys, token, size),
-            lax.dynamic_slice_in_dim(padded.values, token, size),
-        )
         positions = begin + offsets
-        seen = _seen(spec, queries, positions, positions < end_key)
-        return _accumulate(spec, state, queries.values, keys_values, seen)
+        live = positions < end_key
+        keys = lax.dynamic_slice_in_dim(padded.keys, token, size)
+        # The tokens of other rows are selected to 0: where one row's numbers overflow, weight 0 times them is NaN.
+        values = jnp.where(live[:, None, None], lax.dynamic_slice_in_dim(padded.values, token, size), 0)
+        return _accumulate(spec, state, queries.values, (keys, values), _seen(spec, queries, positions, live))
 
     return lax.fori_loop(0, num_tiles, one_tile, state)
 

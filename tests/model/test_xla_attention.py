@@ -1,0 +1,376 @@
+"""Paged attention against the reference, over whole sequences that are run in uneven steps.
+
+The arena starts as NaN, pages become NaN again when their block leaves the window, and pages are recycled at once:
+whatever reads a key that it must not see, or a page of somebody else, gives NaN or a wrong number.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Sequence
+from functools import cached_property, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from hkv_jax.kvcache.format import NO_SLOT, KVFormat, PageLayout
+from hkv_jax.model import xla_attention
+from hkv_jax.model.attention import GroupStep, LayerArrays, write_and_attend
+from hkv_jax.model.kv_arena import read_pages, storage_dtype
+from hkv_jax.model.xla_attention import AttentionInputs, AttentionSpec, StepRows, paged_attention
+from hkv_jax.sharding import make_mesh
+from hkv_jax.testing.reference_attention import ReferenceAttention
+
+LENGTH = 61
+LANES, ROWS, TOKENS = 5, 4, 32
+LAYERS, LAYER = 2, 1
+LANE_OF_SEQUENCE = (3, 0, 4)
+SCALE = 0.3
+
+# Each step: (sequence, how many of its tokens). Decode alone, prefill alone, and both in one step, ragged.
+STEPS = (
+    ((0, 1),),
+    ((0, 1), (1, 20)),
+    ((1, 1), (0, 17), (2, 5)),
+    ((2, 1), (0, 1), (1, 1)),
+    ((1, 1), (2, 31)),
+    ((2, 1), (0, 9), (1, 16)),
+    ((0, 1), (2, 1)),
+    ((1, 1), (0, 30)),
+    ((1, 1), (2, 1), (0, 1)),
+    ((1, 20), (2, 11)),
+    *[((2, 1),)] * 10,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One attention group on ``chips`` chips; ``window`` None is global."""
+
+    window: int | None
+    block: int
+    chips: int = 1
+    kv_heads: int = 2
+    heads: int = 4
+    dim: int = 16
+    layout: PageLayout = PageLayout.ROWS
+    sinks: bool = False
+    soft_cap: float | None = None
+    dtype: str = "float32"
+
+    @cached_property
+    def held_heads(self) -> int:
+        """kv heads after replication."""
+        return max(self.kv_heads, self.chips)
+
+    @cached_property
+    def kv_dtype(self) -> jnp.dtype:
+        return jnp.dtype(self.dtype)
+
+    def spec(self, window: int | None) -> AttentionSpec:
+        """``window`` is what the device believes."""
+        heads = self.held_heads // self.chips
+        fmt = KVFormat(self.layout, self.block, heads, self.dim, self.kv_dtype.itemsize, LAYERS)
+        return AttentionSpec(fmt, window, self.table_width, SCALE, self.soft_cap, self.kv_dtype)
+
+    @cached_property
+    def table_width(self) -> int:
+        longest = -(-LENGTH // self.block)
+        return longest if self.window is None else min(longest, -(-(self.window - 1) // self.block) + 1)
+
+
+class PagedRun:
+    """Three sequences of random tokens, the host's bookkeeping for them written out plainly, and the device's part."""
+
+    def __init__(self, case: Case, believed_window: int | None) -> None:
+        rng = np.random.default_rng(case.block)
+        self.case, self.spec = case, case.spec(believed_window)
+        self.mesh = make_mesh(case.chips)
+
+        def tokens(heads: int) -> NDArray:
+            # Rounded to the KV dtype, so that the reference sees what the device sees.
+            return rng.normal(size=(3, LENGTH, heads, case.dim)).astype(case.kv_dtype)
+
+        self.queries, self.keys, self.values = tokens(case.heads), tokens(case.kv_heads), tokens(case.kv_heads)
+        self.sinks = rng.normal(size=case.heads).astype(np.float32) if case.sinks else None
+        self.outputs: list[list[NDArray]] = [[], [], []]
+        self.all_finite = True
+        self.computed = [0, 0, 0]
+        self.blocks: list[dict[int, int]] = [{}, {}, {}]
+        self.free = list(range(3 * (case.table_width + 8)))
+        self.num_pages = len(self.free) * LAYERS
+        fmt = self.spec.format
+        shape = (case.chips, self.num_pages, fmt.page_elements)
+        stored = storage_dtype(case.kv_dtype, "cpu")
+        self.arena = np.full(shape, np.nan, case.kv_dtype).view(stored)
+        self.tables = np.zeros((LANES, case.table_width), np.int32)
+        self.program = jax.jit(self._on_device, static_argnames="has_prefill")
+
+    def _on_device(self, step: tuple, arrays: tuple, arena: jax.Array, has_prefill: bool) -> tuple:
+        tables, slots, rows = step
+        group = GroupStep(self.spec, tables, slots, rows)
+        queries, keys, values = arrays
+        sinks = None if self.sinks is None else jnp.asarray(self.sinks)
+        layer = LayerArrays(jnp.int32(LAYER), queries, keys, values, sinks)
+        return write_and_attend(self.mesh, group, layer, arena, has_prefill)
+
+    def run(self, steps: Sequence[Sequence[tuple[int, int]]]) -> list[NDArray]:
+        """Outputs of each sequence, [tokens run, H, D]."""
+        for step in steps:
+            self._step(step)
+        return [np.concatenate(parts) for parts in self.outputs]
+
+    def _step(self, step: Sequence[tuple[int, int]]) -> None:
+        case = self.case
+        assert [count for _, count in step] == sorted((c for _, c in step), key=lambda c: c != 1), "decode rows first"
+        has_prefill = any(count > 1 for _, count in step)
+        size = TOKENS if has_prefill else ROWS
+        rng = np.random.default_rng(0)
+
+        def padding(heads: int) -> NDArray:
+            return rng.normal(size=(size, heads, case.dim)).astype(case.kv_dtype)
+
+        queries, keys, values = padding(case.heads), padding(case.held_heads), padding(case.held_heads)
+        slots, ends = np.full(size, NO_SLOT, np.int32), [0]
+        updates: list[tuple[int, int, int]] = []
+        for sequence, count in step:
+            begin, start = ends[-1], self.computed[sequence]
+            here, there = slice(begin, begin + count), slice(start, start + count)
+            queries[here] = self.queries[sequence, there]
+            for target, source in ((keys, self.keys), (values, self.values)):
+                target[here] = np.repeat(source[sequence, there], case.held_heads // case.kv_heads, axis=1)
+            slots[here] = self._allocate(sequence, start, start + count, updates)
+            ends.append(begin + count)
+        rows = StepRows(
+            self._padded([LANE_OF_SEQUENCE[s] for s, _ in step], LANES),
+            self._padded([self.computed[s] for s, _ in step], 0),
+            np.pad(np.array(ends, np.int32), (0, ROWS - len(step)), mode="edge"),
+            np.int32(len(step)),
+            np.int32(sum(count == 1 for _, count in step)),
+        )
+        if case.window is None:
+            self._apply(updates)
+        fmt = self.spec.format
+        arena = self.arena.reshape(case.chips, -1, fmt.row_elements)
+        inputs = (self.tables.copy(), slots, rows), (queries, keys, values), arena
+        outputs, arena = (np.array(x) for x in self.program(*inputs, has_prefill=has_prefill))
+        if case.window is not None:
+            self._apply(updates)
+        self.arena = arena.reshape(self.arena.shape)
+        self.all_finite &= bool(np.isfinite(outputs.astype(np.float32)).all())
+        for (sequence, count), begin in zip(step, ends, strict=False):
+            self.outputs[sequence].append(outputs[begin : begin + count])
+            self.computed[sequence] += count
+
+    def _allocate(self, sequence: int, start: int, end: int, updates: list[tuple[int, int, int]]) -> list[int]:
+        """Releases what left the window, makes room, and names the slot of each new token."""
+        size, window, blocks = self.case.block, self.case.window, self.blocks[sequence]
+        for number in [n for n in blocks if window is not None and (n + 1) * size <= start - window + 1]:
+            block = blocks.pop(number)
+            self.arena[:, block * LAYERS : (block + 1) * LAYERS] = np.array(np.nan, self.case.kv_dtype).view(
+                self.arena.dtype
+            )
+            self.free.append(block)
+        slots = []
+        for position in range(start, end):
+            number = position // size
+            if window is not None and (number + 1) * size <= end - window + 1:
+                slots.append(NO_SLOT)
+                continue
+            if number not in blocks:
+                blocks[number] = self.free.pop()
+                page = blocks[number] * LAYERS
+                updates.append((LANE_OF_SEQUENCE[sequence], number % self.case.table_width, page))
+            slots.append(blocks[number] * LAYERS * size + position % size)
+        return slots
+
+    def _apply(self, updates: list[tuple[int, int, int]]) -> None:
+        for lane, column, page in updates:
+            self.tables[lane, column] = page
+
+    @staticmethod
+    def _padded(values: list[int], fill: int) -> NDArray:
+        return np.array(values + [fill] * (ROWS - len(values)), np.int32)
+
+    def expected(self, sequence: int, window: int | None) -> NDArray:
+        sinks = None if self.sinks is None else self.sinks.astype(np.float64)
+        reference = ReferenceAttention(window, SCALE, self.case.soft_cap, sinks)
+        arrays = (self.queries, self.keys, self.values)
+        return reference(*(x[sequence, : self.computed[sequence]].astype(np.float64) for x in arrays))
+
+    def check(self, tolerance: float) -> None:
+        for sequence, outputs in enumerate(self.run(STEPS)):
+            assert self.computed[sequence] > 50
+            np.testing.assert_allclose(
+                outputs.astype(np.float64), self.expected(sequence, self.case.window), atol=tolerance, rtol=0
+            )
+        assert self.all_finite, "padding must stay finite"
+        untouched = self.arena.view(self.case.kv_dtype)[:, LAYER - 1 :: LAYERS]
+        assert np.isnan(untouched.astype(np.float32)).all(), "another layer's pages were written"
+
+
+def covering_cases() -> list[Case]:
+    """Every window with every block size; the other factors take turns, so that each value of each meets many."""
+    shapes = itertools.product((None, 5, 16, 17, 48), (4, 8))
+    turns = zip(itertools.cycle((1, 2, 4)), itertools.cycle((1, 1, 2)), itertools.cycle(PageLayout), strict=False)
+    return [
+        Case(window, block, chips, kv_heads, layout=layout)
+        for (window, block), (chips, kv_heads, layout) in zip(shapes, turns, strict=False)
+    ]
+
+
+def name(case: Case) -> str:
+    factors = [f"W{case.window}", f"P{case.block}", f"K{case.kv_heads}", f"tp{case.chips}", case.layout, f"D{case.dim}"]
+    return "-".join([*factors, *(["sinks"] if case.sinks else []), *(["cap"] if case.soft_cap else [])])
+
+
+@pytest.fixture
+def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles so small that a row spans several of each kind, and tails spill into the next row."""
+    monkeypatch.setattr(xla_attention, "DECODE_TILE_TOKENS", 16)
+    monkeypatch.setattr(xla_attention, "QUERY_TILE_TOKENS", 8)
+    monkeypatch.setattr(xla_attention, "KEY_TILE_TOKENS", 8)
+
+
+@pytest.mark.usefixtures("_small_tiles")
+@pytest.mark.parametrize("case", covering_cases(), ids=name)
+def test_it_agrees_with_the_reference(case: Case) -> None:
+    PagedRun(case, case.window).check(1e-5)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(None, 8, layout=PageLayout.PLANES, dim=128, sinks=True),
+        Case(16, 4, chips=2, sinks=True, soft_cap=2.0),
+        Case(17, 8, chips=4, heads=8, layout=PageLayout.PLANES, dim=96, soft_cap=2.0),
+    ],
+    ids=name,
+)
+def test_sinks_soft_cap_and_wide_heads_in_tiles_as_they_are(case: Case) -> None:
+    PagedRun(case, case.window).check(1e-5)
+
+
+@pytest.mark.usefixtures("_small_tiles")
+@pytest.mark.parametrize("case", [Case(16, 8, dtype="bfloat16"), Case(None, 8, dtype="bfloat16", dim=64)], ids=name)
+def test_bfloat16_differs_by_its_rounding_only(case: Case) -> None:
+    PagedRun(case, case.window).check(2e-2)
+
+
+@pytest.mark.usefixtures("_small_tiles")
+@pytest.mark.parametrize("error", [-1, 1])
+def test_a_window_off_by_one_is_seen(error: int) -> None:
+    run = PagedRun(Case(17, 8), believed_window=17 + error)
+    outputs = run.run(STEPS)
+    for sequence in range(3):
+        expected = run.expected(sequence, 17)
+        close = np.isclose(outputs[sequence], expected, atol=1e-3).all(axis=(1, 2))
+        # Until the window is full there is nothing to get wrong; from then on every token is.
+        full = 17 + min(error, 0)
+        assert close[:full].all()
+        assert not close[full:].any()
+
+
+@pytest.mark.usefixtures("_small_tiles")
+@pytest.mark.parametrize("window", [None, 16])
+def test_what_one_row_computes_cannot_spoil_another(window: int | None) -> None:
+    run = PagedRun(Case(window, 8), window)
+    run.values[1] = np.nan
+    run.keys[1] = np.inf
+    outputs = run.run(STEPS)
+    for sequence in (0, 2):
+        np.testing.assert_allclose(outputs[sequence], run.expected(sequence, window), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("has_prefill", [False, True])
+def test_a_step_without_live_rows_is_finite(has_prefill: bool) -> None:
+    spec = Case(16, 4).spec(16)
+    inputs = local_inputs(spec, [])
+    assert np.isfinite(paged_attention(spec, inputs, has_prefill)).all()
+
+
+def local_inputs(spec: AttentionSpec, rows: Sequence[tuple[int, int]]) -> AttentionInputs:
+    """One chip's arrays for ``rows`` of (start, number of queries); the arena is one page, which is all blocks."""
+    fmt, count = spec.format, len(rows)
+    starts, lengths = (np.array([row[part] for row in rows], np.int32) for part in (0, 1))
+    tokens = max(ROWS, int(lengths.sum()))
+    ends = np.concatenate([[0], lengths.cumsum()])
+    step_rows = StepRows(
+        jnp.arange(ROWS),
+        jnp.asarray(np.pad(starts, (0, ROWS - count)), jnp.int32),
+        jnp.asarray(np.pad(ends, (0, ROWS - count), mode="edge"), jnp.int32),
+        jnp.int32(count),
+        jnp.int32(np.sum(lengths == 1)),
+    )
+    heads, dim = fmt.num_kv_heads, fmt.head_dim
+    kv = jnp.ones((tokens, heads, dim), spec.kv_dtype)
+    arena = jnp.zeros((1, fmt.rows_per_page, fmt.row_elements), spec.kv_dtype)
+    tables = jnp.zeros((ROWS, spec.table_width), jnp.int32)
+    queries = jnp.ones((tokens, 2 * heads, dim), spec.kv_dtype)
+    return AttentionInputs(queries, kv, kv, arena, jnp.int32(0), tables, step_rows, None)
+
+
+def wide_spec(window: int | None, table_width: int) -> AttentionSpec:
+    return AttentionSpec(KVFormat(PageLayout.ROWS, 8, 1, 8, 4, 1), window, table_width, 1.0, None, jnp.dtype("float32"))
+
+
+class TestCostFollowsTheWindow:
+    """Page reads are counted as the program runs; nothing is timed."""
+
+    @pytest.fixture
+    def count_pages(self, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+        seen: list[int] = []
+
+        def counted(arena: jax.Array, fmt: KVFormat, pages: jax.Array, *rest: Any) -> tuple[jax.Array, jax.Array]:
+            jax.debug.callback(lambda: seen.append(pages.shape[0]))
+            return read_pages(arena, fmt, pages, *rest)
+
+        monkeypatch.setattr(xla_attention, "read_pages", counted)
+        return seen
+
+    @staticmethod
+    def counter(spec: AttentionSpec, has_prefill: bool, seen: list[int]) -> Callable[..., int]:
+        """rows → pages that one run over them reads."""
+        program = jax.jit(partial(paged_attention, spec, has_prefill=has_prefill))
+
+        def count(*rows: tuple[int, int]) -> int:
+            seen.clear()
+            program(local_inputs(spec, rows)).block_until_ready()
+            jax.effects_barrier()
+            return sum(seen)
+
+        return count
+
+    @pytest.mark.parametrize(("has_prefill", "length"), [(False, 1), (True, 100)])
+    def test_a_window_is_read_once_at_any_context(self, has_prefill: bool, length: int, count_pages: list[int]) -> None:
+        # W 64, blocks of 8: 63 older tokens lie in at most 9 blocks.
+        pages = self.counter(wide_spec(64, 9), has_prefill, count_pages)
+        assert [pages((start, length)) for start in (70, 1_000, 100_001)] == [9, 9, 9]
+
+    def test_a_global_decode_reads_its_context_and_not_the_table(self, count_pages: list[int]) -> None:
+        size = xla_attention.DECODE_TILE_TOKENS
+        pages = self.counter(wide_spec(None, 4096), False, count_pages)
+        for context in (1, 6, size, size + 1, 10_000):
+            assert pages((context - 1, 1)) == -(-context // size) * size // 8
+
+    def test_rows_pay_for_themselves_only(self, count_pages: list[int]) -> None:
+        pages = self.counter(wide_spec(None, 2_000), False, count_pages)
+        assert pages((9_000, 1), (20, 1)) == pages((9_000, 1)) + pages((20, 1))
+        assert pages() == 0
+
+    @pytest.mark.parametrize("has_prefill", [False, True])
+    def test_no_array_of_the_program_grows_with_the_longest_sequence(self, has_prefill: bool) -> None:
+        costs = []
+        for width in (64, 4096):
+            spec = wide_spec(None, width)
+            program = jax.jit(partial(paged_attention, spec, has_prefill=has_prefill))
+            compiled = program.lower(local_inputs(spec, [(5, 1)])).compile()
+            memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
+            assert memory is not None and cost is not None
+            costs.append((memory.temp_size_in_bytes, cost["flops"]))
+        assert costs[0] == costs[1]
