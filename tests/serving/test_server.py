@@ -77,6 +77,9 @@ def test_health_follows_the_life_of_the_server(tokenizer: Tokenizer) -> None:
                 assert (await watch.read()).status == status.SERVING
                 await ready
                 await client.generate("the", FOREVER.replace(max_tokens=1))
+                # Anew: the oldest supported health service forgets a watcher when another one leaves.
+                watch = health.Watch(health_pb2.HealthCheckRequest(service=SERVICE))
+                assert (await watch.read()).status == status.SERVING
                 stopping = asyncio.ensure_future(server.stop())
                 assert (await watch.read()).status == status.NOT_SERVING
                 await stopping
