@@ -86,6 +86,8 @@ def _by_kind(fields: Fields, style: RopeStyle) -> dict[LayerKind, tuple[str, dic
     beside = parameters.keys() - nested
     if beside:
         raise ConfigError(f"{where}: {min(beside)} stands beside {min(nested)}; it must be inside of it")
+    if fields.raw(_ORIGINAL) is not None:
+        raise ConfigError(f"{fields.where}: {_ORIGINAL} must be inside of the objects of {name}, or left out")
     found: dict[LayerKind, tuple[str, dict[str, object] | None]] = {}
     for kind, layer_type in LAYER_TYPES.items():
         own = Fields(parameters, where).mapping(layer_type)

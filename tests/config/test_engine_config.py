@@ -123,15 +123,16 @@ def test_toml(tmp_path: Path) -> None:
         tmp_path,
         """
         model = "models/gemma"
+        dtype = "float32"
         max_model_len = 4096
         kv_cache_memory = "1GiB"
-        kv_cache_memory_fraction = 0.5
         block_size = { global = 32, sliding = 16 }
-        """.replace("kv_cache_memory_fraction = 0.5\n", ""),
+        """,
     )
     config = EngineConfig.from_toml(path, {"max_model_len": "2048", "dtype": None, "max_num_seqs": 4})
     assert config == EngineConfig(
         model=Path("models/gemma"),
+        dtype="float32",
         max_model_len=2048,
         kv_cache_memory=2**30,
         block_size={"global": 32, "sliding": 16},

@@ -141,6 +141,10 @@ def test_cwm_scales_unless_told_otherwise() -> None:
             "original_max_position_embeddings is 8192, but",
         ),
         ({"partial_rotary_factor": 0.5}, r"partial_rotary_factor is 0\.5; accepted: null or 1\.0"),
+        (
+            {"rope_parameters": {FULL: LINEAR}, "original_max_position_embeddings": 64},
+            "original_max_position_embeddings must be inside",
+        ),
         ({"rope_parameters": {SLIDING: LINEAR}}, "nothing for full_attention"),
         ({"rope_parameters": {FULL: None}}, "nothing for full_attention; layers without RoPE"),
         ({"rope_parameters": {FULL: 3}}, "full_attention is 3; accepted: an object or null"),
