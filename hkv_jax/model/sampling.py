@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from hkv_jax.array_types import Logits
-from hkv_jax.model.vocabulary import argmax, invert_cumulative, top_k
+from hkv_jax.model.vocabulary import argmax, invert_cumulative, plain_zeros, top_k
 
 NUM_CANDIDATES = 64
 
@@ -181,5 +181,5 @@ def _keeps(bits: jax.Array, cut: tuple[jax.Array, jax.Array]) -> jax.Array:
 
 def _ordered_bits(values: jax.Array) -> jax.Array:
     """int32 in the order of the floats: negative ones have their magnitude bits flipped."""
-    bits = lax.bitcast_convert_type(values + 0.0, jnp.int32)
+    bits = lax.bitcast_convert_type(plain_zeros(values), jnp.int32)
     return jnp.where(bits < 0, bits ^ jnp.int32(0x7FFFFFFF), bits)

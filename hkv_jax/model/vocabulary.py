@@ -30,15 +30,15 @@ def top_k(values: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
     """
     size = values.shape[1]
     if size <= 4 * k:
-        padded = jnp.pad(values, ((0, 0), (0, max(0, k - size))), constant_values=-jnp.inf)
+        padded = jnp.pad(plain_zeros(values), ((0, 0), (0, max(0, k - size))), constant_values=-jnp.inf)
         best, index = lax.top_k(padded, k)
         return best, jnp.where(index < size, index, 0).astype(jnp.int32)
     # Blocks small enough that k of them are a small part of the whole, many enough to hold k.
     blocked = in_blocks(values, max(1, min(64, size // (2 * k))))
-    _, blocks = lax.top_k(jnp.max(blocked, axis=-1), k)
+    _, blocks = lax.top_k(plain_zeros(jnp.max(blocked, axis=-1)), k)
     # Ascending blocks keep candidates in index order, so that top_k breaks ties by the lowest index.
     blocks = jnp.sort(blocks, axis=-1)
-    candidates = jnp.take_along_axis(blocked, blocks[:, :, None], axis=1)
+    candidates = plain_zeros(jnp.take_along_axis(blocked, blocks[:, :, None], axis=1))
     best, place = lax.top_k(candidates.reshape(values.shape[0], -1), k)
     width = blocked.shape[2]
     block = jnp.take_along_axis(blocks, place // width, axis=1)
@@ -64,6 +64,11 @@ def invert_cumulative(weights: jax.Array, fraction: jax.Array) -> jax.Array:
     target = fraction * jnp.sum(of_block, axis=-1) - before
     index, _ = _first_above(inside, target)
     return (block * blocked.shape[2] + index).astype(jnp.int32)
+
+
+def plain_zeros(values: jax.Array) -> jax.Array:
+    """Values with -0.0 replaced by 0.0: equal as numbers, but neither by their bits nor to ``lax.top_k``."""
+    return jnp.where(values == 0, jnp.zeros((), values.dtype), values)
 
 
 def in_blocks(values: jax.Array, width: int, fill: float = -math.inf) -> jax.Array:
