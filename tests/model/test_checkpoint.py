@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import tracemalloc
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -180,3 +181,19 @@ def test_a_folder_without_weights(tmp_path: Path) -> None:
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
     with pytest.raises(CheckpointError, match=r"pytorch_model\.bin can run code"):
         Checkpoint(tmp_path)
+
+
+def test_the_host_holds_one_tensor_at_a_time(tmp_path: Path) -> None:
+    tensors = {f"t{index}": numbers(256, 1024) for index in range(8)}
+    one = tensors["t0"].nbytes
+    checkpoint = save(tmp_path, tensors)
+    checkpoint.load("t0", over(2, "model"), F32)
+    tracemalloc.start()
+    try:
+        for name in tensors:
+            # Dropped at once: what stays on a CPU device is memory of this process too.
+            checkpoint.load(name, over(2, "model"), F32).block_until_ready()
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert one <= peak < 3 * one
