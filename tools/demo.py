@@ -8,15 +8,11 @@ folder.
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import signal
 import subprocess
 import sys
 import tempfile
-import threading
 from collections.abc import Sequence
 from pathlib import Path
-from queue import Empty, SimpleQueue
 
 from rich.columns import Columns
 from rich.console import Console, Group
@@ -30,6 +26,7 @@ from hkv_jax.config import DEMO_MODEL
 from hkv_jax.errors import HkvError
 from serving.client import AsyncInferenceClient
 from serving.info import ServerInfo
+from serving.server_process import ServerProcess
 
 PROMPTS = (
     "Once upon a time there was a river that",
@@ -43,60 +40,16 @@ PROMPTS = (
 PARAMS = SamplingParams(min_tokens=180, max_tokens=200)
 # Few and small programs: they are compiled at the first start and kept in the user's cache folder.
 FLAGS = (
-    *("--port", "0", "--max-model-len", "512", "--max-num-seqs", "4"),
+    *("--max-model-len", "512", "--max-num-seqs", "4"),
     *("--max-num-batched-tokens", "32", "--kv-cache-memory", "8MiB"),
 )
 START_SECONDS = 300.0
 STOP_SECONDS = 60.0
 SHOWN_CHARACTERS = 320
-LISTENING = "listening on "
 
 
 class DemoError(Exception):
     """Something did not go as it must; the message is for the user."""
-
-
-class Server:
-    """`hkv-jax serve` in a process of its own; what it says is passed on to stderr."""
-
-    def __init__(self, model: Path) -> None:
-        command = [sys.executable, "-m", "serving", "serve", "--model", str(model), *FLAGS]
-        self._process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, encoding="utf-8")
-        self._lines: SimpleQueue[str | None] = SimpleQueue()
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
-
-    def address(self) -> str:
-        """Where it listens, as soon as it says so."""
-        with contextlib.suppress(Empty):
-            while (line := self._lines.get(timeout=START_SECONDS)) is not None:
-                if line.startswith(LISTENING):
-                    return line.removeprefix(LISTENING).partition(",")[0].strip()
-        raise DemoError("the server did not start")
-
-    def stop(self) -> None:
-        """SIGTERM, and a clean end."""
-        self._process.send_signal(signal.SIGTERM)
-        try:
-            code = self._process.wait(STOP_SECONDS)
-        except subprocess.TimeoutExpired as error:
-            raise DemoError(f"the server did not stop within {STOP_SECONDS:g} s of SIGTERM") from error
-        self._reader.join()
-        if code != 0:
-            raise DemoError(f"the server ended with exit code {code}")
-
-    def kill(self) -> None:
-        """Makes sure that nothing is left."""
-        if self._process.poll() is None:
-            self._process.kill()
-            self._process.wait()
-
-    def _read(self) -> None:
-        assert self._process.stderr is not None
-        for line in self._process.stderr:
-            print(line, end="", file=sys.stderr, flush=True)
-            self._lines.put(line)
-        self._lines.put(None)
 
 
 class Answers:
@@ -130,7 +83,7 @@ async def ask_all(address: str, console: Console) -> ServerInfo:
 
     async with AsyncInferenceClient(address) as client:
         await client.wait_ready(timeout=START_SECONDS)
-        with Live(answers, console=console, refresh_per_second=8) as live:
+        with Live(answers, console=console, refresh_per_second=4) as live:
             async with asyncio.TaskGroup() as tasks:
                 for index in range(len(PROMPTS)):
                     tasks.create_task(ask(client, index))
@@ -172,9 +125,7 @@ def make_model(folder: Path) -> Path:
     if (DEMO_MODEL / "config.json").is_file():
         return DEMO_MODEL
     model = folder / "random-demo"
-    print(
-        "no demo model is bundled yet: making a small random one, which knows words and no sense", file=sys.stderr
-    )
+    print("no demo model is bundled yet: making a small random one, which knows words and no sense", file=sys.stderr)
     maker = Path(__file__).resolve().with_name("make_demo_checkpoint.py")
     subprocess.run([sys.executable, str(maker), str(model)], check=True)
     return model
@@ -183,18 +134,19 @@ def make_model(folder: Path) -> Path:
 def main() -> int:
     console = Console()
     with tempfile.TemporaryDirectory(prefix="hkv-jax-demo-") as folder:
-        server = Server(make_model(Path(folder)))
-        try:
-            info = asyncio.run(ask_all(server.address(), console))
-            server.stop()
-            check(info)
-        except (DemoError, HkvError, TimeoutError) as error:
-            print(f"demo failed: {error}", file=sys.stderr)
-            return 1
-        except KeyboardInterrupt:
-            return 130
-        finally:
-            server.kill()
+        flags = ("--model", str(make_model(Path(folder))), *FLAGS)
+        with ServerProcess(flags, echo=lambda line: print(line, end="", file=sys.stderr, flush=True)) as server:
+            try:
+                info = asyncio.run(ask_all(server.address(START_SECONDS), console))
+                code = server.stop(STOP_SECONDS)
+                if code != 0:
+                    raise DemoError(f"the server ended with exit code {code}")
+                check(info)
+            except (DemoError, HkvError, TimeoutError) as error:
+                print(f"demo failed: {error}", file=sys.stderr)
+                return 1
+            except KeyboardInterrupt:
+                return 130
     console.print("\n", cache_table(info))
     return 0
 

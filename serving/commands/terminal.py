@@ -7,11 +7,15 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 import sys
+import time
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from hkv_jax.kvcache.layout import KVLayout
+
+_SECONDS_BETWEEN_LINES = 1.0
 
 
 class Commands:
@@ -67,17 +71,19 @@ def show_layout(layout: KVLayout) -> None:
 
 
 class ProgressLine:
-    """Says what a long start is doing: one line that changes in a terminal, else a line for each thing done."""
+    """Says what a long start is doing: in a terminal a line that changes, else a line now and then."""
 
     def __init__(self) -> None:
         self._changes = sys.stderr.isatty()
+        self._last = -math.inf
 
     def __call__(self, what: str, num_done: int, total: int) -> None:
         """``num_done`` of ``total`` things are done, ``what`` being the last."""
         text = f"{what} ({num_done}/{total})"
         if self._changes:
             print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
-        else:
+        elif num_done == total or time.monotonic() - self._last >= _SECONDS_BETWEEN_LINES:
+            self._last = time.monotonic()
             say(text)
 
     def end(self) -> None:
