@@ -22,6 +22,9 @@ from hkv_jax.model.vocabulary import argmax, invert_cumulative, plain_zeros, top
 
 NUM_CANDIDATES = 64
 
+SMALLEST_TEMPERATURE = 1e-30
+"""Smaller ones count as this, at which logits are still finite and the most likely token is certain."""
+
 
 class LaneSampling(NamedTuple):
     """State of each row's lane that shapes its logits, gathered by row.
@@ -90,8 +93,9 @@ def uniform(rows: SamplingRows) -> jax.Array:
     return jax.vmap(one)(rows.seeds, rows.samples, rows.output_positions)
 
 
-def _draw(logits: Logits, rows: SamplingRows) -> jax.Array:
-    scaled = logits / jnp.where(rows.temperature > 0, rows.temperature, 1.0)[:, None]
+def draw_weights(logits: Logits, rows: SamplingRows) -> jax.Array:
+    """What each row draws by: f32[S, V], probabilities up to a factor a row, 0 for a token that is not kept."""
+    scaled = logits / jnp.maximum(rows.temperature, SMALLEST_TEMPERATURE)[:, None]
     largest = jnp.max(scaled, axis=-1, keepdims=True)
     # min-p 0 gives −inf: nothing is dropped.
     scaled = jnp.where(scaled < largest + jnp.log(rows.min_p)[:, None], -jnp.inf, scaled)
@@ -99,7 +103,11 @@ def _draw(logits: Logits, rows: SamplingRows) -> jax.Array:
     ids = jnp.arange(scaled.shape[1], dtype=jnp.int32)[None]
     value, last_id = cut.value[:, None], cut.last_id[:, None]
     kept = (scaled > value) | ((scaled == value) & (ids <= last_id))
-    return invert_cumulative(jnp.where(kept, jnp.exp(scaled - largest), 0.0), uniform(rows))
+    return jnp.where(kept, jnp.exp(scaled - largest), 0.0)
+
+
+def _draw(logits: Logits, rows: SamplingRows) -> jax.Array:
+    return invert_cumulative(draw_weights(logits, rows), uniform(rows))
 
 
 def _cut(scaled: jax.Array, rows: SamplingRows) -> _Cut:
@@ -147,7 +155,8 @@ def _cut_by_bisection(scaled: jax.Array, rows: SamplingRows) -> _Cut:
     by_count = _last_kept(bits, jnp.ones_like(scaled), wanted.astype(jnp.float32))
     mass = jnp.where(_keeps(bits, by_count), mass, 0.0)
     total = jnp.sum(mass, axis=-1)
-    by_mass = _last_kept(bits, mass, rows.top_p * total)
+    # The most likely token has mass 1 and is always kept, also where top-p is 0 in float32.
+    by_mass = _last_kept(bits, mass, jnp.maximum(rows.top_p * total, 1.0))
     value_bits, last_id = (jnp.where(rows.top_p < 1, m, c) for m, c in zip(by_mass, by_count, strict=True))
     found = jnp.where(bits == value_bits[:, None], scaled, -jnp.inf)
     return _Cut(jnp.max(found, axis=-1), last_id)
@@ -168,9 +177,12 @@ def _last_kept(bits: jax.Array, weights: jax.Array, wanted: jax.Array) -> tuple[
     value, _ = lax.fori_loop(0, 32, halve, (rows + limits.min, rows + limits.max))
     above = jnp.sum(jnp.where(bits > value[:, None], weights, 0.0), axis=-1)
     running = above[:, None] + jnp.cumsum(jnp.where(bits == value[:, None], weights, 0.0), axis=-1)
-    reached = (running >= wanted[:, None]) & (bits == value[:, None])
-    last_id = jnp.where(jnp.any(reached, axis=-1), jnp.argmax(reached, axis=-1), bits.shape[1])
-    return value, last_id.astype(jnp.int32)
+    among_equals = (bits == value[:, None]) & (weights > 0)
+    reached = among_equals & (running >= wanted[:, None])
+    # The two sums round differently: where this one falls short, the last that has a weight is meant.
+    ids = jnp.arange(bits.shape[1], dtype=jnp.int32)
+    last_with_weight = jnp.max(jnp.where(among_equals, ids, 0), axis=-1)
+    return value, jnp.where(jnp.any(reached, axis=-1), jnp.argmax(reached, axis=-1).astype(jnp.int32), last_with_weight)
 
 
 def _keeps(bits: jax.Array, cut: tuple[jax.Array, jax.Array]) -> jax.Array:
