@@ -9,6 +9,7 @@ import argparse
 import asyncio
 import concurrent.futures
 import contextlib
+import importlib.util
 import os
 import signal
 import threading
@@ -16,6 +17,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from hkv_jax.config import EngineConfig
+from hkv_jax.errors import ConfigError
 from serving.commands.option_flags import add_engine_flags, add_server_flags, given_engine_options, server_config
 from serving.commands.terminal import Commands, ProgressLine, say, show_layout
 
@@ -55,6 +57,8 @@ def run(args: argparse.Namespace) -> int:
     """Serves until a signal; returns the exit code."""
     config = EngineConfig.from_options(given_engine_options(args))
     options = server_config(args)
+    if importlib.util.find_spec("grpc") is None:
+        raise ConfigError("serve needs gRPC, which is not installed: pip install 'hkv-jax[serving]'")
     with asyncio.Runner(loop_factory=_event_loop_factory()) as runner:
         return runner.run(_serve(config, options))
 

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from hkv_jax.errors import EngineStoppedError
+from hkv_jax.sampling_params import SamplingParams
 from serving.cli import main
 from serving.client import InferenceClient
 
@@ -48,3 +50,36 @@ def test_a_server_whose_engine_has_died_ends(
     monkeypatch.setattr("hkv_jax.engine.loop.EngineLoop.running", False)
     assert main(["serve", "--model", str(model), "--port", "0"]) == 1
     assert "the engine has stopped" in capsys.readouterr().err
+
+
+def test_serve_without_grpc_says_what_to_install(
+    model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert main(["serve", "--model", str(model), "--port", "0"]) == 2
+    assert "pip install 'hkv-jax[serving]'" in capsys.readouterr().err
+
+
+def test_a_second_signal_cuts_off_who_does_not_end(model: Path, free_port: int) -> None:
+    outcome: list[type[BaseException]] = []
+
+    def visit() -> None:
+        try:
+            with InferenceClient(f"127.0.0.1:{free_port}") as client:
+                client.wait_ready(timeout=20)
+                stream = client.generate_stream("the cat", SamplingParams(ignore_eos=True, n=64))
+                next(stream)
+                os.kill(os.getpid(), signal.SIGTERM)
+                next(stream)
+                os.kill(os.getpid(), signal.SIGINT)
+                for _ in stream:
+                    pass
+        except EngineStoppedError as error:
+            outcome.append(type(error))
+
+    visitor = threading.Thread(target=visit)
+    visitor.start()
+    code = main(["serve", "--model", str(model), "--port", str(free_port), "--drain-seconds", "86400"])
+    visitor.join()
+    assert code == 0
+    assert outcome == [EngineStoppedError]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
@@ -81,6 +82,20 @@ def test_both_spellings_of_a_prompt_and_both_kinds_of_stop(tokenizer: Tokenizer)
             cut = await it.client.generate("the cat", FOREVER.replace(max_tokens=12, stop=(text[2:4],)))
             assert cut.outputs[0].text == text[: text.index(text[2:4])]
             assert cut.outputs[0].stop_reason == text[2:4]
+
+    run(body)
+
+
+def test_a_client_that_lags_gets_fewer_larger_chunks(tokenizer: Tokenizer) -> None:
+    async def body() -> None:
+        async with fake_service(tokenizer) as it:
+            stream = it.client.generate_stream("hello", FOREVER.replace(max_tokens=1000))
+            first = await anext(stream)
+            while not it.engine.stats().num_finished_requests:
+                time.sleep(0.001)  # on purpose: neither end of the connection gets a turn meanwhile
+            rest = [delta async for delta in stream]
+            assert len(rest) <= 3
+            assert sum(len(delta.completion.token_ids) for delta in (first, *rest)) == 1000
 
     run(body)
 
