@@ -64,6 +64,7 @@ class _Plan:
     limits: StepLimits
     mesh: Mesh
     dtype: jnp.dtype
+    kv_dtype: jnp.dtype
 
     @property
     def platform(self) -> str:
@@ -84,7 +85,7 @@ class _Plan:
             partition=config.kv_partition,
             # Rows of 128 lanes are what a TPU can reshape for free; elsewhere a token's heads lie side by side.
             page_layout=PageLayout.PLANES if self.platform == "tpu" else PageLayout.ROWS,
-            itemsize=self.dtype.itemsize,
+            itemsize=self.kv_dtype.itemsize,
             tensor_parallel=config.tensor_parallel_size,
             max_chunk=self.limits.max_prefill_chunk,
             max_num_seqs=self.limits.max_num_seqs,
@@ -98,7 +99,7 @@ class _Plan:
         return Decoder(self.spec, self.mesh, heads, tuple(group.arena for group in layout.groups), periods)
 
     def state(self, layout: KVLayout) -> DeviceState:
-        dtype = storage_dtype(self.dtype, self.platform)
+        dtype = storage_dtype(self.kv_dtype, self.platform)
         return state_shapes(layout, self.mesh, self.limits.max_num_seqs, self.spec.vocab_size, dtype)
 
     def buckets(self, layout: KVLayout) -> Buckets:
@@ -113,7 +114,7 @@ class _Plan:
                 group.table_width,
                 self.spec.attention_scale,
                 self.spec.attention_soft_cap,
-                self.dtype,
+                self.kv_dtype,
             )
             for group in layout.groups
         )
@@ -162,8 +163,9 @@ def _plan(config: EngineConfig, spec: ModelSpec) -> _Plan:
     check_divides(spec, config.tensor_parallel_size)
     mesh = make_mesh(config.tensor_parallel_size)
     dtype = jnp.dtype(spec.dtype if config.dtype == "auto" else config.dtype)
+    kv_dtype = dtype if config.kv_cache_dtype == "auto" else jnp.dtype(config.kv_cache_dtype)
     limits = resolve_limits(config, mesh.devices.flat[0].platform)
-    return _Plan(config, spec, limits, mesh, dtype)
+    return _Plan(config, spec, limits, mesh, dtype, kv_dtype)
 
 
 def _budget(plan: _Plan) -> int:
