@@ -124,8 +124,18 @@ def fork_lanes(state: DeviceState, forks: ForkCopies, layout: KVLayout, mesh: Me
             check_vma=False,
         )
         arenas[group.arena] = mapped(arenas[group.arena], forks.source_pages[number], forks.target_pages[number])
+    # The copied block's entry changes here and not with the step's updates, which come too late for a sliding table.
+    tables = tuple(
+        table.at[forks.target_lanes].set(_row_after_copy(table[forks.source_lanes], sources, targets), mode="drop")
+        for table, sources, targets in zip(state.tables, forks.source_pages, forks.target_pages, strict=True)
+    )
     lanes = {name: take_over(getattr(state, name)) for name in DeviceState._fields if name not in ("arenas", "tables")}
-    return DeviceState(arenas=tuple(arenas), tables=tuple(take_over(table) for table in state.tables), **lanes)
+    return DeviceState(arenas=tuple(arenas), tables=tables, **lanes)
+
+
+def _row_after_copy(rows: jax.Array, sources: jax.Array, targets: jax.Array) -> jax.Array:
+    copied = (rows == sources[:, None]) & (targets[:, None] != NO_SLOT)
+    return jnp.where(copied, targets[:, None], rows)
 
 
 def no_forks(num_groups: int, num_lanes: int) -> ForkCopies:

@@ -1,7 +1,7 @@
 """An engine whose steps also hand out the logits of every token: what parity tests compare with a reference.
 
-Owns: building it over a checkpoint folder and remembering logits by request and position. The step's own program does the
-work; the probe only adds an output. Must never: change what a step computes.
+Owns: building it over a checkpoint folder and remembering logits by request and position. The step's own program does
+the work; the probe only adds an output. Must never: change what a step computes.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from hkv_jax.engine.scheduler import Scheduler, SchedulerConfig
 from hkv_jax.engine.step import StepOutputs, StepProgram
 from hkv_jax.families import TensorNames, read_model_spec
 from hkv_jax.kvcache.format import PageLayout
-from hkv_jax.kvcache.layout import KVLayout, LayoutRequest, least_bytes, plan_layout
+from hkv_jax.kvcache.layout import KVLayout, LayoutRequest, plan_layout
 from hkv_jax.kvcache.manager import CacheManager
 from hkv_jax.model.checkpoint import Checkpoint
 from hkv_jax.model.kv_arena import storage_dtype
@@ -40,12 +40,15 @@ from hkv_jax.sampling_params import SamplingParams
 from hkv_jax.sharding import make_mesh
 from hkv_jax.spec import ModelSpec
 
+BUDGET_BYTES = 1 << 22
+"""Of one device: room for every sequence at once."""
+
 
 @dataclasses.dataclass(frozen=True)
 class ProbeOptions:
     """What decides the programs of a probe; hashable, so that probes of equal options share them.
 
-    ``budget_bytes`` ``None`` is the least that serves one sequence of ``max_model_len``. ``spec_changes`` are (field, value) pairs put into the ``ModelSpec``: damage, to see a test fail.
+    ``spec_changes`` are (field, value) pairs put into the ``ModelSpec``: damage, to see a test fail.
     """
 
     folder: Path
@@ -53,7 +56,6 @@ class ProbeOptions:
     tensor_parallel: int = 1
     partition: str = "moving"
     page_layout: PageLayout = PageLayout.ROWS
-    budget_bytes: int | None = 1 << 22
     max_num_seqs: int = 4
     max_num_batched_tokens: int = 80
     max_model_len: int = 112
@@ -112,12 +114,19 @@ class _ProbeRunner(Runner):
 class Probe:
     """A small engine over a checkpoint, in float32, run to the end of its requests."""
 
-    def __init__(self, options: ProbeOptions, max_prefill_chunk: int) -> None:
-        """Loads and compiles, or takes what a probe of equal ``options`` has compiled."""
+    def __init__(self, options: ProbeOptions, max_prefill_chunk: int, crowded: bool = False) -> None:
+        """Loads and compiles, or takes what a probe of equal ``options`` has compiled.
+
+        Args:
+            options: decide the programs.
+            max_prefill_chunk: most tokens of one sequence in a step.
+            crowded: the pools own just the slabs that serve one sequence of ``max_model_len``, so that others must wait
+                or give way.
+        """
         compiled = _compile(options)
-        self.spec, self.layout = compiled.spec, compiled.layout
         self._runner = _ProbeRunner(compiled)
-        self.cache = CacheManager(compiled.layout, options.max_num_seqs)
+        layout = _least_slabs(compiled.layout) if crowded else compiled.layout
+        self.cache = CacheManager(layout, options.max_num_seqs)
         config = SchedulerConfig(
             max_num_seqs=options.max_num_seqs,
             max_num_batched_tokens=options.max_num_batched_tokens,
@@ -129,7 +138,10 @@ class Probe:
         self._engine = Engine(self.scheduler, self.cache, self._runner)
 
     def generate(self, prompts: Mapping[str, list[int]], params: SamplingParams) -> dict[str, list[int]]:
-        """Runs requests by id, in the order given, and returns their tokens; invariants are checked after every step."""
+        """Runs requests by id, in the order given, and returns their tokens.
+
+        Invariants are checked after every step.
+        """
         outputs: dict[str, list[int]] = {name: [] for name in prompts}
         for name, prompt in prompts.items():
             self._engine.add(Request.create(name, prompt, params))
@@ -144,12 +156,20 @@ class Probe:
         return np.stack([self._runner.logits[name, position] for position in range(num_tokens)])
 
 
+def _least_slabs(layout: KVLayout) -> KVLayout:
+    """The same arenas, of which each group owns no more slabs than its floor takes."""
+    groups = [
+        dataclasses.replace(g, initial_slabs=g.initial_slabs[: -(-g.floor_blocks // g.blocks_per_slab)])
+        for g in layout.groups
+    ]
+    return dataclasses.replace(layout, groups=tuple(groups))
+
+
 @cache
 def _compile(options: ProbeOptions) -> _Compiled:
     spec = dataclasses.replace(read_model_spec(options.folder), **dict(options.spec_changes))
     dtype, mesh = jnp.dtype(jnp.float32), make_mesh(options.tensor_parallel)
-    request = _layout_request(options, spec)
-    layout = plan_layout(dataclasses.replace(request, budget_bytes=options.budget_bytes or least_bytes(request)))
+    layout = plan_layout(_layout_request(options, spec))
     heads = tuple(max(layer.num_kv_heads, options.tensor_parallel) for layer in spec.layers)
     decoder = Decoder(spec, mesh, heads, tuple(group.arena for group in layout.groups), 0)
     checkpoint = Checkpoint(options.folder)
@@ -179,7 +199,7 @@ def _layout_request(options: ProbeOptions, spec: ModelSpec) -> LayoutRequest:
     groups = spec.kv_groups()
     return LayoutRequest(
         groups=groups,
-        budget_bytes=1,
+        budget_bytes=BUDGET_BYTES,
         max_model_len=options.max_model_len,
         config_max_len=spec.max_position,
         expected_average_seq_length=None,

@@ -1,7 +1,7 @@
 """The paged engine against Hugging Face transformers: logits of whole prompts and greedy tokens, in float32.
 
-The references are in ``data``, written by ``tools/make_golden.py``. One factor at a time is varied from a base for every
-family; for gemma3 the full product.
+The references are in ``data``, written by ``tools/make_golden.py``. One factor at a time is varied from a base for
+every family; for gemma3 the full product.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ FAMILIES = ("gemma3_text", "gemma3", "gemma2", "llama", "mistral", "qwen3", "cwm
 TOLERANCE = 2e-4
 GREEDY = SamplingParams(max_tokens=48, temperature=0, ignore_eos=True)
 WHOLE = 64
-PLENTY = 1 << 22
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +93,6 @@ def probe_options(family: str, case: Case) -> ProbeOptions:
         tensor_parallel=case.tensor_parallel,
         partition=case.partition,
         page_layout=case.page_layout,
-        budget_bytes=None if case.company == "preempted" else PLENTY,
     )
 
 
@@ -103,7 +101,7 @@ def run(options: ProbeOptions, case: Case, golden: Golden, chosen: range) -> tup
     worst, same = 0.0, []
     together = [tuple(chosen)] if case.company != "alone" else [(i,) for i in chosen]
     for prompts in together:
-        probe = Probe(options, max_prefill_chunk=case.chunk)
+        probe = Probe(options, case.chunk, crowded=case.company == "preempted")
         tokens = probe.generate({f"{i}": golden.prompts[i] for i in prompts}, GREEDY)
         assert (probe.scheduler.num_preemptions > 0) == (case.company == "preempted")
         for i in prompts:
@@ -132,8 +130,8 @@ def test_full_product_of_gemma3(case: Case) -> None:
     assert all(same)
 
 
-def _layers(spec: ModelSpec, **changes: object) -> tuple[LayerSpec, ...]:
-    return tuple(dataclasses.replace(layer, **changes) if layer.window else layer for layer in spec.layers)
+def _window(spec: ModelSpec, window: int) -> tuple[LayerSpec, ...]:
+    return tuple(dataclasses.replace(layer, window=window) if layer.window else layer for layer in spec.layers)
 
 
 def _swapped_rope(spec: ModelSpec) -> tuple[LayerSpec, ...]:
@@ -145,8 +143,8 @@ def _swapped_rope(spec: ModelSpec) -> tuple[LayerSpec, ...]:
 @pytest.mark.parametrize(
     ("family", "damage"),
     [
-        ("gemma3_text", lambda spec: {"layers": _layers(spec, window=15)}),
-        ("gemma3_text", lambda spec: {"layers": _layers(spec, window=17)}),
+        ("gemma3_text", lambda spec: {"layers": _window(spec, 15)}),
+        ("gemma3_text", lambda spec: {"layers": _window(spec, 17)}),
         ("gemma3_text", lambda spec: {"layers": _swapped_rope(spec)}),
         ("gemma2", lambda spec: {"attention_soft_cap": None}),
         ("gemma2", lambda spec: {"final_soft_cap": None}),
