@@ -14,6 +14,7 @@ import argparse
 import dataclasses
 import hashlib
 import json
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -109,6 +110,8 @@ def prompts_for(folder: Path) -> list[list[int]]:
 
 def run_here(folder: Path, reference: dict[str, Any]) -> list[dict[str, Any]]:
     """Tokens and logprobs of hkv-jax for the reference's prompts, all in one batch."""
+    # float32 on the CPU is what the reference is; jax is told before it is imported.
+    os.environ["JAX_PLATFORMS"] = "cpu"
     from hkv_jax import LLM, SamplingParams
 
     new_tokens = reference["new_tokens"]

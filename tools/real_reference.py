@@ -48,7 +48,9 @@ def main() -> int:
         results.append(continued(model.eval(), prompt, asked["new_tokens"]))
         print(f"{folder.name}: transformers, prompt of {len(prompt)}: done", file=sys.stderr, flush=True)
     versions = {"torch": str(torch.__version__), "transformers": transformers.__version__}
-    result_path.write_text(json.dumps({**asked, "versions": versions, "results": results}), encoding="utf-8")
+    unfinished = result_path.with_suffix(".unfinished")
+    unfinished.write_text(json.dumps({**asked, "versions": versions, "results": results}), encoding="utf-8")
+    unfinished.replace(result_path)
     return 0
 
 
