@@ -111,7 +111,12 @@ def run(options: ProbeOptions, case: Case, golden: Golden, chosen: range) -> tup
     return worst, same
 
 
-@pytest.mark.parametrize("case", ONE_FACTOR, ids=str)
+BASE_THEN_SLOW = [
+    pytest.param(case, marks=[] if case == Case() else pytest.mark.slow, id=str(case)) for case in ONE_FACTOR
+]
+
+
+@pytest.mark.parametrize("case", BASE_THEN_SLOW)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_one_factor(family: str, case: Case) -> None:
     golden = load(family)
@@ -140,6 +145,7 @@ def _swapped_rope(spec: ModelSpec) -> tuple[LayerSpec, ...]:
     return tuple(dataclasses.replace(layer, rope=other[layer.kind]) for layer in spec.layers)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "damage"),
     [
