@@ -12,7 +12,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from hkv_jax.engine.loop import EngineLoop, ServedModel
-from hkv_jax.errors import EngineStoppedError
+from hkv_jax.errors import ConfigError, EngineStoppedError
 from hkv_jax.sampling_params import SamplingParams
 from hkv_jax.testing.fake_engine import fake_engine
 from hkv_jax.tokenizer import Tokenizer
@@ -150,5 +150,18 @@ def test_server_info_tells_limits_and_pools(tokenizer: Tokenizer) -> None:
             assert pools["global"].peak_used_blocks > pools["sliding"].peak_used_blocks
             assert info.all_global_peak_bytes is not None
             assert info.all_global_peak_bytes > sum(pool.peak_bytes for pool in info.pools)
+
+    run(body)
+
+
+def test_two_servers_do_not_share_a_port() -> None:
+    async def body() -> None:
+        first = InferenceServer(ServerOptions(port=0))
+        address = await first.start()
+        second = InferenceServer(ServerOptions(port=int(address.rpartition(":")[2])))
+        with pytest.raises(ConfigError, match="cannot be listened on"):
+            await second.start()
+        await second.stop()
+        await first.stop()
 
     run(body)
