@@ -21,8 +21,11 @@ def _prepare_jax() -> None:
     """
     os.environ["JAX_PLATFORMS"] = "cpu"
     flags = os.environ.get("XLA_FLAGS", "")
-    if "xla_force_host_platform_device_count" not in flags:
-        os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=4".strip()
+    # Tests compile far more than they run: LLVM's optimisations would cost a third of the suite and buy nothing.
+    for flag, value in (("xla_force_host_platform_device_count", 4), ("xla_backend_optimization_level", 0)):
+        if flag not in flags:
+            flags += f" --{flag}={value}"
+    os.environ["XLA_FLAGS"] = flags.strip()
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax-tests"))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
