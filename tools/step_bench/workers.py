@@ -116,7 +116,9 @@ class Worker:
 
     def _report_until_loaded(self) -> None:
         """Passes on what the worker said last, now and then."""
-        while not select.select([self._process.stdout], [], [], SECONDS_BETWEEN_REPORTS)[0]:
+        stdout = self._process.stdout
+        assert stdout is not None
+        while not select.select([stdout], [], [], SECONDS_BETWEEN_REPORTS)[0]:
             for line in self._last_lines(1):
                 say(f"  {self.spec.name}: {line}")
 
