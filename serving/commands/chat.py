@@ -115,6 +115,9 @@ def _talk(conversation: Conversation) -> None:
         except EOFError:
             print()
             return
+        except KeyboardInterrupt:
+            print()
+            raise
         if text == "/exit":
             return
         if text == "/reset":
