@@ -23,7 +23,7 @@ from hkv_jax.model.kv_arena import read_pages
 MASKED = -1e30
 """Score of a key that is not seen; finite, so that differences of two of them are not NaN."""
 
-DECODE_TILE_TOKENS = 512
+DECODE_TILE_TOKENS = 288
 QUERY_TILE_TOKENS = 128
 KEY_TILE_TOKENS = 512
 
@@ -134,10 +134,12 @@ def _decode_row(spec: AttentionSpec, inputs: AttentionInputs, row: jax.Array, ou
 
 
 def _decode_tile_blocks(spec: AttentionSpec) -> int:
-    """Blocks a key tile of decode covers: the whole window where it is small, so that one pass does."""
-    block = spec.format.block_size
-    tokens = DECODE_TILE_TOKENS if spec.window is None else min(DECODE_TILE_TOKENS, spec.table_width * block)
-    return max(1, min(tokens // block, spec.table_width))
+    """Blocks a key tile of decode covers: a window is cut into equal tiles, so that the last is not mostly empty."""
+    table_tokens = spec.table_width * spec.format.block_size
+    if spec.window is None or table_tokens <= DECODE_TILE_TOKENS:
+        return max(1, min(DECODE_TILE_TOKENS // spec.format.block_size, spec.table_width))
+    num_tiles = -(-table_tokens // DECODE_TILE_TOKENS)
+    return -(-spec.table_width // num_tiles)
 
 
 def _prefill_rows(spec: AttentionSpec, inputs: AttentionInputs, tile: int, outputs: jax.Array) -> jax.Array:
