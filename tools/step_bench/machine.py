@@ -14,6 +14,9 @@ FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16"
 """What decides how fast 16-bit arithmetic is; the last two are Arm's names."""
 
 
+COUNTERS = Path("/proc/stat")
+
+
 def describe_cpu() -> dict[str, object]:
     """Model name and those of ``FLAGS`` it has and lacks; empty where the system does not say."""
     try:
@@ -65,7 +68,7 @@ def busy_seconds(cores: list[int]) -> float | None:
     """CPU seconds all processes took of ``cores`` since the system started, stolen time too; ``None``: unknown."""
     wanted = {f"cpu{core}" for core in cores}
     try:
-        rows = [line.split() for line in Path("/proc/stat").read_text(encoding="utf-8").splitlines()]
+        rows = [line.split() for line in COUNTERS.read_text(encoding="utf-8").splitlines()]
         tick = os.sysconf("SC_CLK_TCK")
     except (OSError, ValueError):
         return None
