@@ -6,6 +6,9 @@ bfloat16 result is 3 to 9 times slower on CPU. Must never: hold weights.
 
 from __future__ import annotations
 
+from functools import cache
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 
@@ -15,11 +18,16 @@ MAX_CHUNKED_ROWS = 32
 
 def project(x: jax.Array, weight: jax.Array, platform: str) -> jax.Array:
     """x [T, in] by weight [out, in]: f32[T, out]; ``platform`` is where it will run, ``cpu`` for the forms above."""
-    if _few_rows_on_cpu(x, weight, platform) and weight.shape[0] % CHUNKS == 0:
+    if not _few_rows_on_cpu(x, weight, platform):
+        return jnp.einsum("tk,nk->tn", x, weight, preferred_element_type=jnp.float32)
+    padded = _at_least_two_rows(x)
+    if cpu_has_tiles() and weight.shape[0] % CHUNKS == 0:
         chunked = weight.reshape(CHUNKS, -1, weight.shape[1])
-        product = jnp.einsum("tk,cnk->ctn", _at_least_two_rows(x), chunked, preferred_element_type=jnp.float32)
-        return product.transpose(1, 0, 2).reshape(product.shape[1], -1)[: x.shape[0]]
-    return jnp.einsum("tk,nk->tn", x, weight, preferred_element_type=jnp.float32)
+        product = jnp.einsum("tk,cnk->ctn", padded, chunked, preferred_element_type=jnp.float32)
+        product = product.transpose(1, 0, 2).reshape(padded.shape[0], -1)
+    else:
+        product = jnp.einsum("tk,nk->tn", padded, weight, preferred_element_type=jnp.float32)
+    return product[: x.shape[0]]
 
 
 def project_to_vocabulary(x: jax.Array, embedding: jax.Array, platform: str) -> jax.Array:
@@ -28,6 +36,15 @@ def project_to_vocabulary(x: jax.Array, embedding: jax.Array, platform: str) -> 
         product = jnp.einsum("vk,sk->vs", embedding, _at_least_two_rows(x), preferred_element_type=jnp.float32)
         return product.T[: x.shape[0]]
     return jnp.einsum("sk,vk->sv", x, embedding, preferred_element_type=jnp.float32)
+
+
+@cache
+def cpu_has_tiles() -> bool:
+    """Whether this CPU multiplies bfloat16 tiles (AMX): there the chunked form wins, elsewhere the plain one does."""
+    try:
+        return "amx_bf16" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return False
 
 
 def _few_rows_on_cpu(x: jax.Array, weight: jax.Array, platform: str) -> bool:
