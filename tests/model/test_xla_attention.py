@@ -294,6 +294,13 @@ def test_a_step_without_live_rows_is_finite(has_prefill: bool) -> None:
     assert np.isfinite(paged_attention(spec, inputs, has_prefill)).all()
 
 
+@pytest.mark.parametrize("length", [1, 3])
+def test_a_row_that_sees_no_key_gives_zero(length: int) -> None:
+    spec = Case(None, 4).spec(None)
+    inputs = local_inputs(spec, [(-length, length)])
+    assert not np.asarray(paged_attention(spec, inputs, has_prefill=length > 1)).any()
+
+
 def local_inputs(spec: AttentionSpec, rows: Sequence[tuple[int, int]]) -> AttentionInputs:
     """One chip's arrays for ``rows`` of (start, number of queries); the arena is one page, which is all blocks."""
     fmt, count = spec.format, len(rows)
@@ -362,6 +369,20 @@ class TestCostFollowsTheWindow:
         pages = self.counter(wide_spec(None, 2_000), False, count_pages)
         assert pages((9_000, 1), (20, 1)) == pages((9_000, 1)) + pages((20, 1))
         assert pages() == 0
+
+    def test_own_keys_of_a_long_chunk_are_those_in_the_window(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        seen: list[int] = []
+        accumulate = xla_attention._accumulate
+
+        def counted(*arguments: Any) -> Any:
+            jax.debug.callback(lambda: seen.append(1))
+            return accumulate(*arguments)
+
+        monkeypatch.setattr(xla_attention, "_accumulate", counted)
+        length = xla_attention.KEY_TILE_TOKENS + 100
+        tiles = self.counter(wide_spec(64, 9), True, seen)((1_000, length))
+        # A tile of own keys for each tile of queries, and one of older keys for the first.
+        assert tiles == -(-length // xla_attention.QUERY_TILE_TOKENS) + 1
 
     @pytest.mark.parametrize("has_prefill", [False, True])
     def test_no_array_of_the_program_grows_with_the_longest_sequence(self, has_prefill: bool) -> None:
