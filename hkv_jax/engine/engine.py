@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from typing import Protocol
+from typing import Protocol, Self
 
 from hkv_jax.engine.batch import StepBatch, build
 from hkv_jax.engine.buckets import Buckets
 from hkv_jax.engine.plan import StepPlan
 from hkv_jax.engine.request import Request
-from hkv_jax.engine.scheduler import Scheduler
+from hkv_jax.engine.scheduler import Scheduler, SchedulerConfig
 from hkv_jax.engine.step_result import StepResult
 from hkv_jax.engine.token_event import TokenEvent
+from hkv_jax.kvcache.layout import KVLayout
 from hkv_jax.kvcache.manager import CacheManager
 
 logger = logging.getLogger(__name__)
@@ -76,6 +77,12 @@ class Engine:
         self._runner = runner
         self._in_flight: _InFlight | None = None
         self._num_failures = 0
+
+    @classmethod
+    def over(cls, layout: KVLayout, config: SchedulerConfig, runner: StepRunner) -> Self:
+        """An idle engine with a scheduler and a cache of its own; ``runner`` is made for the same layout and limits."""
+        cache = CacheManager(layout, config.max_num_seqs)
+        return cls(Scheduler(config, cache), cache, runner)
 
     @property
     def buckets(self) -> Buckets:

@@ -18,23 +18,19 @@ from jax.sharding import Mesh
 
 from hkv_jax.config import EngineConfig, StepLimits, resolve_limits
 from hkv_jax.engine.batch_format import BatchFormat
+from hkv_jax.engine.blueprint import Blueprint
 from hkv_jax.engine.buckets import Buckets
-from hkv_jax.engine.device_state import DeviceState, state_shapes
 from hkv_jax.engine.engine import Engine
 from hkv_jax.engine.memory import CPU_FRACTION, DEVICE_FRACTION, host_memory_bytes
-from hkv_jax.engine.programs import ProgramFactory, Programs
+from hkv_jax.engine.programs import Programs
 from hkv_jax.engine.runner import Runner
-from hkv_jax.engine.scheduler import Scheduler, SchedulerConfig
+from hkv_jax.engine.scheduler import SchedulerConfig
 from hkv_jax.errors import ConfigError
 from hkv_jax.families import TensorNames, read_model_spec
 from hkv_jax.kvcache.format import PageLayout
 from hkv_jax.kvcache.layout import KVLayout, LayoutRequest, most_useful_bytes, plan_layout
-from hkv_jax.kvcache.manager import CacheManager
 from hkv_jax.model.checkpoint import Checkpoint
-from hkv_jax.model.kv_arena import storage_dtype
-from hkv_jax.model.parameters import load_parameters, parameter_shapes
-from hkv_jax.model.transformer import Decoder
-from hkv_jax.model.xla_attention import AttentionSpec
+from hkv_jax.model.parameters import load_parameters
 from hkv_jax.sharding import check_divides, make_mesh
 from hkv_jax.spec import ModelSpec
 
@@ -70,9 +66,6 @@ class _Plan:
     def platform(self) -> str:
         return str(self.mesh.devices.flat[0].platform)
 
-    def layout(self, budget_bytes: int) -> KVLayout:
-        return plan_layout(self.layout_request(budget_bytes))
-
     def layout_request(self, budget_bytes: int) -> LayoutRequest:
         config = self.config
         return LayoutRequest(
@@ -91,35 +84,13 @@ class _Plan:
             max_num_seqs=self.limits.max_num_seqs,
         )
 
-    def decoder(self, layout: KVLayout) -> Decoder:
+    def blueprint(self, layout: KVLayout) -> Blueprint:
         # A scan over layers copies each layer's weights on CPU; on TPU it costs nothing and compiles once.
-        periods = self.spec.num_layers // self.spec.period if self.platform == "tpu" else 0
-        size = self.config.tensor_parallel_size
-        heads = tuple(max(layer.num_kv_heads, size) for layer in self.spec.layers)
-        return Decoder(self.spec, self.mesh, heads, tuple(group.arena for group in layout.groups), periods)
-
-    def state(self, layout: KVLayout) -> DeviceState:
-        dtype = storage_dtype(self.kv_dtype, self.platform)
-        return state_shapes(layout, self.mesh, self.limits.max_num_seqs, self.spec.vocab_size, dtype)
+        scanned = self.platform == "tpu"
+        return Blueprint(self.spec, self.mesh, layout, self.dtype, self.kv_dtype, self.limits.max_num_seqs, scanned)
 
     def buckets(self, layout: KVLayout) -> Buckets:
-        sizes = [group.format.block_size for group in layout.groups]
-        return Buckets(self.limits.max_num_seqs, self.limits.max_num_batched_tokens, sizes)
-
-    def program_factory(self, layout: KVLayout) -> ProgramFactory:
-        attention = tuple(
-            AttentionSpec(
-                group.format,
-                group.spec.window,
-                group.table_width,
-                self.spec.attention_scale,
-                self.spec.attention_soft_cap,
-                self.kv_dtype,
-            )
-            for group in layout.groups
-        )
-        precision = "highest" if self.dtype == jnp.float32 else None
-        return ProgramFactory(self.decoder(layout), attention, layout, precision)
+        return Buckets(self.limits.max_num_seqs, self.limits.max_num_batched_tokens, layout.block_sizes)
 
 
 def build_engine(config: EngineConfig, progress: Progress | None = None) -> EngineParts:
@@ -135,24 +106,16 @@ def build_engine(config: EngineConfig, progress: Progress | None = None) -> Engi
     plan = _plan(config, spec)
     checkpoint = Checkpoint(Path(config.model))
     names = TensorNames.of_checkpoint(spec, checkpoint.tensors)
-    layout = plan.layout(_budget(plan))
-    parameters = load_parameters(plan.decoder(layout), checkpoint, names, plan.dtype, tell)
-    state, buckets = plan.state(layout), plan.buckets(layout)
-    programs = Programs.compile(plan.program_factory(layout), buckets.all, (parameters, state), tell)
-    runner = Runner(programs, parameters, state, buckets, spec.vocab_size)
-    limits = plan.limits
-    cache = CacheManager(layout, limits.max_num_seqs)
-    scheduler = Scheduler(
-        SchedulerConfig(
-            max_num_seqs=limits.max_num_seqs,
-            max_num_batched_tokens=limits.max_num_batched_tokens,
-            max_prefill_chunk=limits.max_prefill_chunk,
-            max_model_len=layout.max_model_len,
-            vocab_size=spec.vocab_size,
-        ),
-        cache,
+    layout = _layout(plan)
+    blueprint, buckets = plan.blueprint(layout), plan.buckets(layout)
+    parameters = load_parameters(blueprint.decoder, checkpoint, names, plan.dtype, tell)
+    programs = Programs.compile(blueprint.factory(), buckets.all, (parameters, blueprint.state), tell)
+    runner = Runner(programs, parameters, blueprint.state, buckets, spec.vocab_size)
+    scheduler_config = SchedulerConfig(
+        **dataclasses.asdict(plan.limits), max_model_len=layout.max_model_len, vocab_size=spec.vocab_size
     )
-    return EngineParts(Engine(scheduler, cache, runner), spec, layout, limits, programs)
+    engine = Engine.over(layout, scheduler_config, runner)
+    return EngineParts(engine, spec, layout, plan.limits, programs)
 
 
 def _plan(config: EngineConfig, spec: ModelSpec) -> _Plan:
@@ -168,15 +131,28 @@ def _plan(config: EngineConfig, spec: ModelSpec) -> _Plan:
     return _Plan(config, spec, limits, mesh, dtype, kv_dtype)
 
 
-def _budget(plan: _Plan) -> int:
-    """Bytes per device for the KV cache: as given, or a share of what the device has left."""
+def _layout(plan: _Plan) -> KVLayout:
+    """The layout for the memory that was given, or for a share of what there is."""
     config = plan.config
     if config.kv_cache_memory is not None:
-        return config.kv_cache_memory
-    if plan.platform == "cpu":
-        share = config.kv_cache_memory_fraction or CPU_FRACTION
-        # The virtual devices of a CPU share one memory.
-        return min(int(share * host_memory_bytes()) // plan.mesh.size, most_useful_bytes(plan.layout_request(1)))
+        return plan_layout(plan.layout_request(config.kv_cache_memory))
+    if plan.platform != "cpu":
+        return plan_layout(plan.layout_request(_device_budget(plan)))
+    share = config.kv_cache_memory_fraction or CPU_FRACTION
+    # The virtual devices of a CPU share one memory.
+    request = plan.layout_request(int(share * host_memory_bytes()) // plan.mesh.size)
+    layout = plan_layout(request)
+    # All of the share decides how long a sequence may be; only then is what nobody could use left to others.
+    request = dataclasses.replace(
+        request, max_model_len=layout.max_model_len, expected_average_seq_length=layout.expected_seq_length
+    )
+    useful = most_useful_bytes(request)
+    return layout if useful >= request.budget_bytes else plan_layout(dataclasses.replace(request, budget_bytes=useful))
+
+
+def _device_budget(plan: _Plan) -> int:
+    """Bytes per device for the KV cache: a share of what weights, lane state and the largest step leave."""
+    config = plan.config
     share = config.kv_cache_memory_fraction or DEVICE_FRACTION
     device = plan.mesh.devices.flat[0]
     free = (device.memory_stats() or {}).get("bytes_limit", 0) - _fixed_bytes(plan)
@@ -190,8 +166,9 @@ def _budget(plan: _Plan) -> int:
 
 def _fixed_bytes(plan: _Plan) -> int:
     """Bytes of one device that weights and lane state take."""
-    layout = plan.layout(most_useful_bytes(plan.layout_request(1)))
-    shapes = (parameter_shapes(plan.decoder(layout), plan.dtype), plan.state(layout)._replace(arenas=()))
+    request = plan.layout_request(1)
+    blueprint = plan.blueprint(plan_layout(dataclasses.replace(request, budget_bytes=most_useful_bytes(request))))
+    shapes = (blueprint.parameters, blueprint.state._replace(arenas=()))
     return sum(_device_bytes(shape) for shape in jax.tree.leaves(shapes))
 
 
@@ -203,10 +180,10 @@ def _device_bytes(shape: jax.ShapeDtypeStruct) -> int:
 
 def _largest_temporaries(plan: _Plan, budget_bytes: int) -> int:
     """Temporary bytes of the largest step, from the compiler; they do not depend on the size of the arena."""
-    layout = plan.layout(budget_bytes)
+    layout = plan_layout(plan.layout_request(budget_bytes))
+    blueprint = plan.blueprint(layout)
     largest: BatchFormat = plan.buckets(layout).prefill[-1]
-    parameters = parameter_shapes(plan.decoder(layout), plan.dtype)
-    lowered = plan.program_factory(layout).lower_step(largest, parameters, plan.state(layout))
+    lowered = blueprint.factory().lower_step(largest, blueprint.parameters, blueprint.state)
     analysis = lowered.compile().memory_analysis()
     assert analysis is not None
     return int(analysis.temp_size_in_bytes)

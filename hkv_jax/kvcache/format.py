@@ -17,9 +17,6 @@ from hkv_jax.errors import ConfigError
 from hkv_jax.spec import KVGroupSpec, LayerKind
 
 NO_SLOT = 2**31 - 1
-"""The slot of a token whose K/V goes nowhere. Tested before any arithmetic: ``NO_SLOT + 1`` wraps."""
-
-NO_SLOT = 2**31 - 1
 """The slot of a token whose K/V goes nowhere. Tested before any arithmetic: ``NO_SLOT + 1`` wraps in i32."""
 
 LANES = 128

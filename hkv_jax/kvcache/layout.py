@@ -167,9 +167,14 @@ class KVLayout:
         return sum(arena.total_bytes for arena in self.arenas)
 
     @property
+    def block_sizes(self) -> tuple[int, ...]:
+        """Tokens per block of each group."""
+        return tuple(group.format.block_size for group in self.groups)
+
+    @property
     def largest_block_size(self) -> int:
         """P_max: the largest block size of a group, in tokens."""
-        return max(group.format.block_size for group in self.groups)
+        return max(self.block_sizes)
 
     def describe(self) -> list[PoolRow]:
         """The pools in the order of ``groups``."""
@@ -233,7 +238,7 @@ def least_bytes(request: LayoutRequest) -> int:
 def most_useful_bytes(request: LayoutRequest) -> int:
     """Bytes on one chip beyond which more KV memory serves nobody: ``max_num_seqs`` sequences of the longest length.
 
-    ``budget_bytes`` is not read. Rounding to slabs is not included.
+    ``budget_bytes`` is not read. Always enough for one such sequence; for more, rounding to slabs is not included.
     """
     length = request.max_model_len or request.config_max_len
     total = 0
@@ -242,8 +247,8 @@ def most_useful_bytes(request: LayoutRequest) -> int:
         floor, steady = _floor_blocks(group, size, request.max_chunk, length), -(-length // size)
         if group.window is not None:
             steady = min(steady, most_window_blocks(group.window, size, 1) + 1)
-        total += max(floor, steady * (request.max_num_seqs - 1) + floor) * kv_format.block_bytes
-    return total
+        total += (steady * (request.max_num_seqs - 1) + floor) * kv_format.block_bytes
+    return max(total, least_bytes(request))
 
 
 def _check(request: LayoutRequest) -> None:

@@ -6,11 +6,10 @@ import dataclasses
 
 from hkv_jax.engine.buckets import Buckets
 from hkv_jax.engine.engine import Engine
-from hkv_jax.engine.scheduler import Scheduler, SchedulerConfig
+from hkv_jax.engine.scheduler import SchedulerConfig
 from hkv_jax.engine.token_event import TokenEvent
 from hkv_jax.kvcache.format import PageLayout
 from hkv_jax.kvcache.layout import KVLayout, LayoutRequest, plan_layout
-from hkv_jax.kvcache.manager import CacheManager
 from hkv_jax.spec import KVGroupSpec, LayerKind
 from hkv_jax.testing.fake_runner import FakeRunner
 
@@ -81,11 +80,9 @@ def fake_engine(config: FakeEngineConfig | None = None) -> Engine:
     """An idle engine over a ``FakeRunner``."""
     config = config or FakeEngineConfig()
     layout = config.layout()
-    cache = CacheManager(layout, config.max_num_seqs)
-    sizes = [group.format.block_size for group in layout.groups]
-    buckets = Buckets(config.max_num_seqs, config.max_num_batched_tokens, sizes)
+    buckets = Buckets(config.max_num_seqs, config.max_num_batched_tokens, layout.block_sizes)
     runner = FakeRunner(layout, buckets, config.max_num_seqs, config.vocab_size)
-    return Engine(Scheduler(config.scheduler_config(), cache), cache, runner)
+    return Engine.over(layout, config.scheduler_config(), runner)
 
 
 def run_to_end(engine: Engine) -> dict[tuple[str, int], list[TokenEvent]]:

@@ -18,24 +18,21 @@ from numpy.typing import NDArray
 
 from hkv_jax.engine.batch import StepBatch
 from hkv_jax.engine.batch_format import BatchFormat, Bucket
+from hkv_jax.engine.blueprint import Blueprint
 from hkv_jax.engine.buckets import Buckets
-from hkv_jax.engine.device_state import DeviceState, state_shapes
 from hkv_jax.engine.engine import Engine
 from hkv_jax.engine.plan import StepPlan
 from hkv_jax.engine.programs import ProgramFactory, Programs
 from hkv_jax.engine.request import Request
 from hkv_jax.engine.runner import Runner, StepHandle
-from hkv_jax.engine.scheduler import Scheduler, SchedulerConfig
+from hkv_jax.engine.scheduler import SchedulerConfig
 from hkv_jax.engine.step import StepOutputs, StepProgram
 from hkv_jax.families import TensorNames, read_model_spec
 from hkv_jax.kvcache.format import PageLayout
 from hkv_jax.kvcache.layout import KVLayout, LayoutRequest, plan_layout
-from hkv_jax.kvcache.manager import CacheManager
 from hkv_jax.model.checkpoint import Checkpoint
-from hkv_jax.model.kv_arena import storage_dtype
 from hkv_jax.model.parameters import load_parameters
-from hkv_jax.model.transformer import Decoder, ModelParameters
-from hkv_jax.model.xla_attention import AttentionSpec
+from hkv_jax.model.transformer import ModelParameters
 from hkv_jax.sampling_params import SamplingParams
 from hkv_jax.sharding import make_mesh
 from hkv_jax.spec import ModelSpec
@@ -78,10 +75,8 @@ class _ProbeFactory(ProgramFactory):
 class _Compiled:
     """What is made once for equal options."""
 
-    spec: ModelSpec
-    layout: KVLayout
+    blueprint: Blueprint
     parameters: ModelParameters
-    shapes: DeviceState
     buckets: Buckets
     programs: Programs
 
@@ -90,8 +85,9 @@ class _ProbeRunner(Runner):
     """Runs every plan in the two probe programs and keeps their logits."""
 
     def __init__(self, compiled: _Compiled) -> None:
+        blueprint = compiled.blueprint
         super().__init__(
-            compiled.programs, compiled.parameters, compiled.shapes, compiled.buckets, compiled.spec.vocab_size
+            compiled.programs, compiled.parameters, blueprint.state, compiled.buckets, blueprint.spec.vocab_size
         )
         self.logits: dict[tuple[str, int], NDArray[np.float32]] = {}
 
@@ -125,17 +121,17 @@ class Probe:
         """
         compiled = _compile(options)
         self._runner = _ProbeRunner(compiled)
-        layout = _least_slabs(compiled.layout) if crowded else compiled.layout
-        self.cache = CacheManager(layout, options.max_num_seqs)
+        blueprint = compiled.blueprint
+        layout = _least_slabs(blueprint.layout) if crowded else blueprint.layout
         config = SchedulerConfig(
             max_num_seqs=options.max_num_seqs,
             max_num_batched_tokens=options.max_num_batched_tokens,
             max_prefill_chunk=max_prefill_chunk,
             max_model_len=options.max_model_len,
-            vocab_size=compiled.spec.vocab_size,
+            vocab_size=blueprint.spec.vocab_size,
         )
-        self.scheduler = Scheduler(config, self.cache)
-        self._engine = Engine(self.scheduler, self.cache, self._runner)
+        self._engine = Engine.over(layout, config, self._runner)
+        self.scheduler, self.cache = self._engine.scheduler, self._engine.cache
 
     def generate(self, prompts: Mapping[str, list[int]], params: SamplingParams) -> dict[str, list[int]]:
         """Runs requests by id, in the order given, and returns their tokens.
@@ -170,29 +166,23 @@ def _compile(options: ProbeOptions) -> _Compiled:
     spec = dataclasses.replace(read_model_spec(options.folder), **dict(options.spec_changes))
     dtype, mesh = jnp.dtype(jnp.float32), make_mesh(options.tensor_parallel)
     layout = plan_layout(_layout_request(options, spec))
-    heads = tuple(max(layer.num_kv_heads, options.tensor_parallel) for layer in spec.layers)
-    decoder = Decoder(spec, mesh, heads, tuple(group.arena for group in layout.groups), 0)
+    blueprint = Blueprint(spec, mesh, layout, dtype, dtype, options.max_num_seqs, scanned=False)
     checkpoint = Checkpoint(options.folder)
     names = TensorNames.of_checkpoint(spec, checkpoint.tensors)
-    parameters = load_parameters(decoder, checkpoint, names, dtype, lambda *_: None)
-    shapes = state_shapes(layout, mesh, options.max_num_seqs, spec.vocab_size, storage_dtype(dtype, "cpu"))
-    attention = tuple(
-        AttentionSpec(g.format, g.spec.window, g.table_width, spec.attention_scale, spec.attention_soft_cap, dtype)
-        for g in layout.groups
-    )
-    buckets = _TwoBuckets(options, [group.format.block_size for group in layout.groups])
-    factory = _ProbeFactory(decoder, attention, layout, "highest")
-    programs = Programs.compile(factory, buckets.all, (parameters, shapes), lambda *_: None)
-    return _Compiled(spec, layout, parameters, shapes, buckets, programs)
+    parameters = load_parameters(blueprint.decoder, checkpoint, names, dtype, lambda *_: None)
+    buckets = _TwoBuckets(options, layout.block_sizes)
+    arguments = (parameters, blueprint.state)
+    programs = Programs.compile(blueprint.factory(_ProbeFactory), buckets.all, arguments, lambda *_: None)
+    return _Compiled(blueprint, parameters, buckets, programs)
 
 
 class _TwoBuckets(Buckets):
     """One decode and one prefill bucket: a parity test wants many engines, not many shapes."""
 
-    def __init__(self, options: ProbeOptions, block_sizes: list[int]) -> None:
+    def __init__(self, options: ProbeOptions, block_sizes: tuple[int, ...]) -> None:
         rows, tokens = options.max_num_seqs, options.max_num_batched_tokens
-        self.decode = (BatchFormat(Bucket(rows, rows, False), tuple(block_sizes)),)
-        self.prefill = (BatchFormat(Bucket(tokens, rows, True), tuple(block_sizes)),)
+        self.decode = (BatchFormat(Bucket(rows, rows, False), block_sizes),)
+        self.prefill = (BatchFormat(Bucket(tokens, rows, True), block_sizes),)
 
 
 def _layout_request(options: ProbeOptions, spec: ModelSpec) -> LayoutRequest:

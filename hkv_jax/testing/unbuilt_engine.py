@@ -15,12 +15,11 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from hkv_jax.engine.batch_format import BatchFormat, Bucket
-from hkv_jax.engine.device_state import DeviceState, state_shapes
+from hkv_jax.engine.blueprint import Blueprint
+from hkv_jax.engine.device_state import DeviceState
 from hkv_jax.engine.programs import ProgramFactory
 from hkv_jax.kvcache.format import PageLayout
 from hkv_jax.kvcache.layout import KVLayout, LayoutRequest, plan_layout
-from hkv_jax.model.kv_arena import storage_dtype
-from hkv_jax.model.parameters import parameter_shapes
 from hkv_jax.model.transformer import Decoder, ModelParameters
 from hkv_jax.model.xla_attention import AttentionSpec
 from hkv_jax.spec import Activation, LayerKind, LayerSpec, ModelSpec, RopeSpec
@@ -91,40 +90,37 @@ class UnbuiltEngine:
         )
 
     @cached_property
+    def blueprint(self) -> Blueprint:
+        """What the programs are made from."""
+        return Blueprint(
+            self.spec, self.mesh, self.layout, self.dtype, self.dtype, self.max_num_seqs, scanned=self.scanned
+        )
+
+    @property
     def decoder(self) -> Decoder:
         """The model on its mesh."""
-        heads = tuple(max(layer.num_kv_heads, self.mesh.size) for layer in self.spec.layers)
-        arenas = tuple(group.arena for group in self.layout.groups)
-        periods = self.spec.num_layers // self.spec.period if self.scanned else 0
-        return Decoder(self.spec, self.mesh, heads, arenas, periods)
+        return self.blueprint.decoder
 
     @property
     def attention(self) -> tuple[AttentionSpec, ...]:
         """Each group's attention."""
-        scale, cap = self.spec.attention_scale, self.spec.attention_soft_cap
-        return tuple(
-            AttentionSpec(group.format, group.spec.window, group.table_width, scale, cap, self.dtype)
-            for group in self.layout.groups
-        )
+        return self.blueprint.attention
 
     @cached_property
     def factory(self) -> ProgramFactory:
         """Lowers the programs."""
-        precision = "highest" if self.dtype == jnp.float32 else None
-        return ProgramFactory(self.decoder, self.attention, self.layout, precision)
+        return self.blueprint.factory()
 
     @property
     def parameters(self) -> ModelParameters:
         """Shapes of the parameters."""
-        return parameter_shapes(self.decoder, self.dtype)
+        return self.blueprint.parameters
 
     @property
     def state(self) -> DeviceState:
         """Shapes of the device state."""
-        dtype = storage_dtype(self.dtype, self.decoder.platform)
-        return state_shapes(self.layout, self.mesh, self.max_num_seqs, self.spec.vocab_size, dtype)
+        return self.blueprint.state
 
     def lower_step(self, bucket: Bucket) -> jax.stages.Lowered:
         """The step of a bucket."""
-        sizes = tuple(group.format.block_size for group in self.layout.groups)
-        return self.factory.lower_step(BatchFormat(bucket, sizes), self.parameters, self.state)
+        return self.factory.lower_step(BatchFormat(bucket, self.layout.block_sizes), self.parameters, self.state)
