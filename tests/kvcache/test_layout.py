@@ -222,3 +222,10 @@ def test_useful_bytes_hold_every_sequence_at_full_length() -> None:
     layout = plan_layout(dataclasses.replace(request, budget_bytes=useful + 4096))
     assert layout.max_num_sequences_of_expected >= 3
     assert most_useful_bytes(dataclasses.replace(request, max_num_seqs=6)) < 2.5 * useful
+
+
+@pytest.mark.parametrize("max_model_len", [1, 100, 1000])
+def test_useful_bytes_hold_one_sequence_whatever_slabs_round_up(max_model_len: int) -> None:
+    request = tiny_layout_request(max_num_seqs=1, max_model_len=max_model_len)
+    layout = plan_layout(dataclasses.replace(request, budget_bytes=most_useful_bytes(request)))
+    assert layout.max_num_sequences_of_expected >= 1
