@@ -46,7 +46,7 @@ def test_a_vocabulary_smaller_than_the_list_fills_it_with_nothing() -> None:
 
 
 class TestPrompt:
-    TOKENS = 3 * PROMPT_TILE_TOKENS - 11
+    TOKENS = 21 * PROMPT_TILE_TOKENS - 11
 
     def hidden(self) -> NDArray[np.float32]:
         return np.random.default_rng(1).normal(size=(self.TOKENS, HIDDEN)).astype(np.float32)
@@ -67,6 +67,10 @@ class TestPrompt:
         assert [part.shape[0] for part in found] == [self.TOKENS] * 3
         live = slice(0, num_tokens)
         check(TopLogprobs(*(part[live] for part in found)), hidden[live] @ self.weights(), targets[live])
+
+    def test_a_step_smaller_than_a_tile(self) -> None:
+        hidden, targets = self.hidden()[:5], np.arange(5, dtype=np.int32)
+        check(self.run(hidden, targets, 5), hidden @ self.weights(), targets)
 
     def test_tiles_past_the_live_tokens_are_not_computed(self) -> None:
         hidden = self.hidden()

@@ -111,7 +111,8 @@ def test_top_k_is_not_exceeded_however_sums_round() -> None:
     rng = np.random.default_rng(0)
     count, size = 256, 2000
     logits = (rng.integers(0, 30, size=(count, size)) * 0.0713).astype(np.float32)
-    limits = rng.integers(NUM_CANDIDATES + 1, size, size=count)
+    few, many = rng.integers(2, NUM_CANDIDATES, size=count), rng.integers(NUM_CANDIDATES + 1, size, size=count)
+    limits = np.where(np.arange(count) % 2, few, many)
     below_one = float(np.nextafter(np.float32(1), np.float32(0)))
     weights = np.asarray(draw_weights(logits, as_rows([Row(top_k=int(k), top_p=below_one) for k in limits])))
     assert ((weights > 0).sum(axis=1) <= limits).all()
@@ -125,7 +126,7 @@ def test_a_top_p_too_small_for_float32_keeps_one_token(top_k: int) -> None:
     np.testing.assert_array_equal(np.flatnonzero(weights), [logits.argmax()])
 
 
-@pytest.mark.parametrize("temperature", [1e-38, 1e-30, 1e-6])
+@pytest.mark.parametrize("temperature", [1e-45, 2e-38, 1e-30, 1e-6])
 def test_a_tiny_temperature_is_greedy(temperature: float) -> None:
     logits = np.stack([logits_of("peaked", 300) * 100] * 3)
     rows = as_rows([Row(temperature, seed=1), Row(temperature, top_k=5, seed=2), Row(temperature, top_p=0.9, seed=3)])

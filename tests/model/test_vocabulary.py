@@ -50,7 +50,7 @@ def expected_top(values: NDArray[np.float32], k: int) -> tuple[NDArray, NDArray]
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("distinct", [None, 3, 1])
+@pytest.mark.parametrize("distinct", [None, 100, 3, 1])
 @pytest.mark.parametrize("k", [1, 20, 64])
 def test_top_k_is_a_stable_sort(size: int, distinct: int | None, k: int) -> None:
     values = random_values(size, distinct)
