@@ -23,9 +23,9 @@ from hkv_jax.model.kv_arena import read_pages
 MASKED = -1e30
 """Score of a key that is not seen; finite, so that differences of two of them are not NaN."""
 
-DECODE_TILE_TOKENS = 288
+DECODE_TILE_TOKENS = 128
 QUERY_TILE_TOKENS = 128
-KEY_TILE_TOKENS = 512
+KEY_TILE_TOKENS = 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -262,8 +262,9 @@ def _accumulate(
     spec: AttentionSpec, state: _Softmax, queries: jax.Array, keys_values: tuple[jax.Array, jax.Array], seen: jax.Array
 ) -> _Softmax:
     """One step of the online softmax over a tile of keys: queries [K, Q, D], keys and values [N, K, D], seen [Q, N]."""
-    keys, values = keys_values
-    scores = jnp.einsum("kqd,nkd->kqn", queries, keys, preferred_element_type=jnp.float32) * spec.scale
+    # Heads first: with the batch axis in the middle XLA's CPU backend leaves its fast products, 2 to 3 times slower.
+    keys, values = (jnp.swapaxes(part, 0, 1) for part in keys_values)
+    scores = jnp.einsum("kqd,knd->kqn", queries, keys, preferred_element_type=jnp.float32) * spec.scale
     if spec.soft_cap is not None:
         scores = spec.soft_cap * jnp.tanh(scores / spec.soft_cap)
     scores = jnp.where(seen[None], scores, MASKED)
@@ -271,7 +272,7 @@ def _accumulate(
     # The select keeps a tile without a seen key at weight 0: there exp(MASKED - MASKED) would be 1.
     weights = jnp.where(seen[None], jnp.exp(scores - maximum[..., None]), 0.0)
     shrink = jnp.exp(state.maximum - maximum)
-    weighted = jnp.einsum("kqn,nkd->kqd", weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
+    weighted = jnp.einsum("kqn,knd->kqd", weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
     return _Softmax(
         maximum, state.denominator * shrink + jnp.sum(weights, axis=-1), state.total * shrink[..., None] + weighted
     )
