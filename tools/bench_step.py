@@ -5,8 +5,8 @@
 Every peer stays loaded in a process of its own, pinned to the same cores, with as many threads. At each point all are
 made ready, and then measure in rounds, A B C A B C, so that a noisy moment hits all of them. Our figure is that of the
 whole engine: scheduler, tables, sampling, read-back. transformers runs forward and argmax, llama.cpp decode and argmax;
-generate's own overhead is left out. All are greedy, in bf16 (llama.cpp: the same weights in bf16 and in f16). Every
-sequence of a batch has its own K/V: we compute different prompts, the others copy what they computed of the first.
+generate's own overhead is left out. All are greedy, in bf16 (llama.cpp: the same weights in bf16 and in f16, its
+cache in f16). Every sequence of a batch has its own K/V: we compute different prompts, the others copy the first one's.
 
 The first run makes an environment with torch and transformers (some 200 MB of wheels) and builds llama.cpp from source,
 and ours compiles; with --work-dir, or --keep, the next run finds all of it. A full run takes about half an hour.
@@ -39,7 +39,7 @@ from tools.throwaway_env import reference_python, say  # noqa: E402
 PACKAGE = "tools.step_bench"
 UNTIMED_STEPS = 2
 BANDWIDTH_BYTES = 1 << 30
-LLAMA_TYPES = ("f16", "bf16")
+LLAMA_TYPES = ("f16/f16", "bf16/f16")
 
 
 def main() -> int:
@@ -86,6 +86,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=5, help="timed decode steps of a round")
     parser.add_argument("--skip-llama", action="store_true", help="leave llama.cpp out")
+    parser.add_argument(
+        "--llama",
+        nargs="+",
+        default=LLAMA_TYPES,
+        choices=[f"{weights}/{cache}" for weights in ("f16", "bf16") for cache in ("f16", "bf16")],
+        metavar="WEIGHTS/CACHE",
+        help=f"types it runs with, of f16 and bf16; the best counts (default: {' '.join(LLAMA_TYPES)}; a cache in bf16 "
+        "was slower where this was tried)",
+    )
     parser.add_argument("--work-dir", type=Path, help="for environments, weights, programs; kept, and used again")
     parser.add_argument("--keep", action="store_true", help="keep the temporary work folder")
     parser.add_argument("--transformers-python", type=Path, help="interpreter that has torch and transformers")
@@ -143,7 +152,7 @@ def _engine_options(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _llama_peers(options: argparse.Namespace, folder: Path, report: Report) -> list[PeerSpec]:
-    """One a type of weights and cache; where it cannot be built the report says so."""
+    """One a pair of types; where llama.cpp cannot be built the report says so."""
     if options.skip_llama:
         report.missing[LLAMA] = "left out on request"
         return []
@@ -151,13 +160,13 @@ def _llama_peers(options: argparse.Namespace, folder: Path, report: Report) -> l
         python = options.llama_python or environments.llama_python(folder / "llama", folder / "llama-build.log")
         return [
             PeerSpec(
-                f"{LLAMA} {dtype}",
+                f"{LLAMA} {weights}/{cache}",
                 python,
                 f"{PACKAGE}.peer_llama",
-                environments.gguf_file(python, options.model, folder, dtype),
-                {"cache": dtype},
+                environments.gguf_file(python, options.model, folder, weights),
+                {"cache": cache},
             )
-            for dtype in LLAMA_TYPES
+            for weights, cache in (types.split("/") for types in options.llama)
         ]
     except environments.BuildFailedError as error:
         say(f"{LLAMA}: {error}")
@@ -263,6 +272,7 @@ def _measure_prefill(point: Point, workers: Sequence[Worker], prompts: Prompts, 
 
 def _note(outcome: Outcome, answer: dict[str, Any]) -> None:
     outcome.rounds.append(answer["seconds"])
+    outcome.cpu_rounds.append(answer["cpu_seconds"])
     outcome.tokens += answer["tokens"]
     if answer["others"] is not None:
         outcome.others.append(answer["others"])

@@ -84,6 +84,7 @@ def test_peers_take_turns(tmp_path: Path) -> None:
     assert notes == ["a start 3x7", "b start 3x7", *turns, "a stop", "b stop"]
     for outcome in outcomes.values():
         assert [len(seconds) for seconds in outcome.rounds] == [2, 2]
+        assert [len(seconds) for seconds in outcome.cpu_rounds] == [2, 2]
         assert outcome.tokens == list(range(100, 100 + 2 * turn))
 
 
@@ -125,10 +126,10 @@ def report_of(outcomes: dict[str, Outcome], point: Point) -> Report:
 
 def test_the_table_compares_with_the_goals() -> None:
     outcomes = {
-        "hkv-jax": Outcome([[0.9, 0.2, 0.1], [0.2], [0.4]], [5, 6, 7], [0.5, 0.0]),
-        "transformers": Outcome([[0.4]], [5, 6, 8]),
-        "llama.cpp f16": Outcome([[0.25]], [5, 9, 7]),
-        "llama.cpp bf16": Outcome([[0.21]], [5, 6, 8]),
+        "hkv-jax": Outcome([[0.9, 0.2, 0.1], [0.2], [0.4]], tokens=[5, 6, 7], others=[0.5, 0.0]),
+        "transformers": Outcome([[0.4]], tokens=[5, 6, 8]),
+        "llama.cpp f16": Outcome([[0.25]], tokens=[5, 9, 7]),
+        "llama.cpp bf16": Outcome([[0.21]], tokens=[5, 6, 8]),
     }
     report = report_of(outcomes, Point(1, 1024))
     text = report.markdown()
@@ -137,6 +138,7 @@ def test_the_table_compares_with_the_goals() -> None:
     assert row == ["decode1@1024", "5.0", "2.5", "4.0", "4.8", "2.00 (1.8)", "**1.05** (1.1, missed)", "50%"]
     assert "A CPU, with avx512_bf16; without amx_bf16." in text
     assert "hkv-jax 2 of 3, llama.cpp f16 1 of 3, llama.cpp bf16 3 of 3" in text
+    assert "**The machine was busy; do not quote these figures.** Other processes took 25% of the cores" in text
     assert "more than 10% in 1 of 2 turns" in text
     figures = report.json()["cores"][0]["points"]["decode1@1024"]
     assert figures["to_llama"] == pytest.approx(1.05)
@@ -145,10 +147,11 @@ def test_the_table_compares_with_the_goals() -> None:
 
 
 def test_a_peer_that_is_missing_is_told() -> None:
-    report = report_of({"hkv-jax": Outcome([[0.1]], [5]), "transformers": Outcome([[0.1]], [6])}, Point(0, 128))
+    report = report_of({"hkv-jax": Outcome([[0.1]]), "transformers": Outcome([[0.1]], others=[0.0])}, Point(0, 128))
     report.missing["llama.cpp"] = "no compiler"
     text = report.markdown()
     assert "llama.cpp: not measured: no compiler" in text
+    assert "busy" not in text
     row = [cell.strip() for cell in next(line for line in text.splitlines() if "prefill" in line).strip("|").split("|")]
     assert row == ["prefill@128", "1280", "1280", "**1.00** (1.3, missed)", "-", "-"]
 

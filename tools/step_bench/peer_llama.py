@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import gguf
 import llama_cpp
 import numpy as np
 
@@ -16,8 +17,6 @@ from tools.step_bench import worker_loop
 
 PADDING = 256
 """llama.cpp rounds a sequence's room to this; it is room for the tokens the measurement draws, too."""
-
-TYPES = {"f16": llama_cpp.GGML_TYPE_F16, "bf16": llama_cpp.GGML_TYPE_BF16}
 
 
 class LlamaPeer:
@@ -35,7 +34,7 @@ class LlamaPeer:
             raise RuntimeError(f"llama.cpp cannot load {model.name}")
         self._vocab_size = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self._model))
         self._threads = threads
-        self._cache_type = TYPES[options["cache"]]
+        self._cache_type = int(gguf.GGMLQuantizationType[options["cache"].upper()])
         self._context: Any = None
         self._batch: Any = None
         self._next: list[int] = []

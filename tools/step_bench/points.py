@@ -76,11 +76,13 @@ class Outcome:
 
     Attributes:
         rounds: seconds of each timed step, round by round.
+        cpu_rounds: CPU seconds of its process in the same; on one core, what a step would take if nobody disturbed it.
         tokens: greedy tokens of the first sequence, from the first on; of a prefill, the next token of each round.
         others: CPU seconds that other processes took of the cores in each round, as a share of its time.
     """
 
     rounds: list[list[float]] = dataclasses.field(default_factory=list)
+    cpu_rounds: list[list[float]] = dataclasses.field(default_factory=list)
     tokens: list[int] = dataclasses.field(default_factory=list)
     others: list[float] = dataclasses.field(default_factory=list)
 

@@ -12,7 +12,7 @@ from typing import Any
 from tools.step_bench.points import GOALS, HKV_JAX, TRANSFORMERS, Outcome, Point, best_llama, same_tokens
 
 DISTURBED = 0.1
-"""Share of the cores others may take in a round before the table says so."""
+"""Share of the cores others may take before the table says so."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,9 +175,10 @@ def _remarks(result: CoreResults) -> list[str]:
     turns = [share for outcomes in result.outcomes.values() for one in outcomes.values() for share in one.others]
     if turns:
         disturbed = sum(share > DISTURBED for share in turns)
+        warning = "**The machine was busy; do not quote these figures.** " if statistics.mean(turns) > DISTURBED else ""
         lines.append(
-            f"Other processes took {statistics.mean(turns):.0%} of the cores on average, more than {DISTURBED:.0%} in "
-            f"{disturbed} of {len(turns)} turns."
+            f"{warning}Other processes took {statistics.mean(turns):.0%} of the cores on average, more than "
+            f"{DISTURBED:.0%} in {disturbed} of {len(turns)} turns."
         )
     return lines
 

@@ -90,18 +90,23 @@ def _do(peer: Peer, cores: list[int], question: dict[str, Any]) -> dict[str, Any
 
 
 def _timed(step: Callable[[], int], count: int, cores: list[int], tokens: list[int]) -> dict[str, Any]:
-    """Runs ``step`` ``count`` times; seconds of each, tokens (after those given), and what others took of the cores."""
-    seconds = []
-    busy, own, began = machine.busy_seconds(cores), time.process_time(), time.perf_counter()
+    """Runs ``step`` ``count`` times.
+
+    ``seconds`` of each, and CPU seconds this process took for it; ``tokens`` after those given; the share of the cores'
+    time that ``others`` took.
+    """
+    seconds, cpu_seconds = [], []
+    busy = machine.busy_seconds(cores)
     for _ in range(count):
-        before = time.perf_counter()
+        used, before = time.process_time(), time.perf_counter()
         tokens.append(step())
         seconds.append(time.perf_counter() - before)
+        cpu_seconds.append(time.process_time() - used)
     others = None
     if busy is not None:
         busy = (machine.busy_seconds(cores) or busy) - busy
-        others = max(0.0, busy - (time.process_time() - own)) / (time.perf_counter() - began) / len(cores)
-    return {"seconds": seconds, "tokens": tokens, "others": others}
+        others = max(0.0, busy - sum(cpu_seconds)) / sum(seconds) / len(cores)
+    return {"seconds": seconds, "cpu_seconds": cpu_seconds, "tokens": tokens, "others": others}
 
 
 def _answer(answers: TextIO, content: dict[str, Any]) -> None:
