@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from functools import cache
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -161,7 +161,8 @@ def _least_slabs(layout: KVLayout) -> KVLayout:
     return dataclasses.replace(layout, groups=tuple(groups))
 
 
-@cache
+# One at a time: a compiled program on CPU is hundreds of memory mappings, and a process may have 65,530 of them.
+@lru_cache(maxsize=1)
 def _compile(options: ProbeOptions) -> _Compiled:
     spec = dataclasses.replace(read_model_spec(options.folder), **dict(options.spec_changes))
     dtype, mesh = jnp.dtype(jnp.float32), make_mesh(options.tensor_parallel)

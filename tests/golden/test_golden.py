@@ -48,21 +48,22 @@ class Case:
         return ",".join(changed) or "base"
 
 
+# In both, cases that share their programs follow each other.
 ONE_FACTOR = (
     Case(),
     *(Case(chunk=chunk) for chunk in (1, 7, 16)),
-    Case(block_size=4),
     Case(company="batched"),
     Case(company="preempted"),
+    Case(block_size=4),
     Case(tensor_parallel=2),
     Case(tensor_parallel=4),
     Case(partition="static"),
     Case(page_layout=PageLayout.PLANES),
 )
 PRODUCT = tuple(
-    Case(*values)
-    for values in itertools.product(
-        (1, 7, 16, WHOLE), (4, 16), (1, 2, 4), ("moving", "static"), ("alone", "batched", "preempted")
+    Case(chunk, block_size, tensor_parallel, partition, company)
+    for block_size, tensor_parallel, partition, company, chunk in itertools.product(
+        (4, 16), (1, 2, 4), ("moving", "static"), ("alone", "batched", "preempted"), (1, 7, 16, WHOLE)
     )
 )
 
