@@ -81,14 +81,12 @@ class Runner:
 
     def reset(self) -> None:
         """Starts over with empty lanes and an empty arena; a failed step has lost every donated array."""
-        self._state = allocate_state(self._shapes, self._vocab_size)
-        self._set_up_lanes.clear()
-
-    def close(self) -> None:
-        """Frees the device's memory now; the runner cannot be used afterwards."""
-        for array in jax.tree.leaves((self._state, self._parameters)):
+        # What a failed step left behind goes first: the device need not have room for two arenas.
+        for array in jax.tree.leaves(self._state):
             if not array.is_deleted():
                 array.delete()
+        self._state = allocate_state(self._shapes, self._vocab_size)
+        self._set_up_lanes.clear()
 
     def _set_up(self, sequence: Sequence) -> None:
         """Installs biases and masked stops, and clears what an earlier sequence of the lane left."""

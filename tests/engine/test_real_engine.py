@@ -6,6 +6,7 @@ Everything here runs what users run, ``build_engine``; parity of its numbers is 
 
 from __future__ import annotations
 
+import itertools
 import random
 from pathlib import Path
 
@@ -14,6 +15,8 @@ import numpy as np
 import pytest
 
 from hkv_jax.config import EngineConfig
+from hkv_jax.engine import runner
+from hkv_jax.engine.device_state import allocate_state
 from hkv_jax.engine.factory import EngineParts, build_engine
 from hkv_jax.engine.request import Request
 from hkv_jax.sampling_params import SamplingParams
@@ -88,10 +91,10 @@ def test_mixed_requests_compile_nothing_after_warm_up(parts: EngineParts) -> Non
 def test_a_program_names_the_argument_that_changed(parts: EngineParts) -> None:
     formats = parts.engine.buckets.all
     program = parts.programs.steps[formats[0].bucket]
-    runner = parts.engine._runner
+    device = parts.engine._runner
     ints, floats = np.zeros(formats[0].num_ints + 1, np.int32), np.zeros(formats[0].num_floats, np.float32)
     with pytest.raises(TypeError, match="ints"):
-        program(runner._parameters, runner._state, ints, floats)  # type: ignore[attr-defined]
+        program(device._parameters, device._state, ints, floats)  # type: ignore[attr-defined]
 
 
 def test_one_program_a_bucket(parts: EngineParts) -> None:
@@ -104,6 +107,41 @@ def test_one_program_a_bucket(parts: EngineParts) -> None:
         "prefill 16 tokens x 4 rows",
         "prefill 32 tokens x 4 rows",
     ]
+
+
+def test_a_failed_step_starts_over_without_room_for_two_arenas(
+    parts: EngineParts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, steps = parts.engine, parts.programs.steps
+
+    def tokens() -> list[int]:
+        params = SamplingParams(max_tokens=6, temperature=0, ignore_eos=True)
+        engine.add(Request.create("a", range(3, 40), params))
+        found = []
+        while engine.has_work:
+            found += [event.token_id for event in engine.step()]
+        return found
+
+    expected = tokens()
+    bucket = engine.buckets.decode[0].bucket
+    program, num_calls, freed = steps[bucket], itertools.count(1), []
+
+    class Unreadable:
+        def __array__(self, *_: object, **__: object) -> np.ndarray:
+            raise RuntimeError("the device says no")
+
+    def fails_once(*arguments: object) -> object:
+        state, outputs = program(*arguments)
+        return state, outputs._replace(tokens=Unreadable()) if next(num_calls) == 3 else outputs
+
+    def allocate(*arguments: object) -> object:
+        freed.append(all(array.is_deleted() for array in jax.tree.leaves(engine._runner._state)))  # type: ignore[attr-defined]
+        return allocate_state(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setitem(steps, bucket, fails_once)
+    monkeypatch.setattr(runner, "allocate_state", allocate)
+    assert tokens() == expected
+    assert freed == [True]
 
 
 @pytest.mark.slow
