@@ -12,7 +12,7 @@ from typing import Protocol, Self
 from hkv_jax.engine.batch import StepBatch, build
 from hkv_jax.engine.buckets import Buckets
 from hkv_jax.engine.plan import StepPlan
-from hkv_jax.engine.request import Request
+from hkv_jax.engine.request import Request, SequenceState
 from hkv_jax.engine.scheduler import Scheduler, SchedulerConfig
 from hkv_jax.engine.step_result import StepResult
 from hkv_jax.engine.token_event import TokenEvent
@@ -148,7 +148,9 @@ class Engine:
         self._runner.reset()
         if self._num_failures >= MAX_ATTEMPTS:
             self._num_failures = 0
-            request_ids = tuple(dict.fromkeys(sequence.request.request_id for sequence in failing.sequences))
+            # The id of one that has ended may be another's by now.
+            living = (s for s in failing.sequences if s.state is not SequenceState.FINISHED)
+            request_ids = tuple(dict.fromkeys(sequence.request.request_id for sequence in living))
             for request_id in request_ids:
                 self.scheduler.abort(request_id)
             raise StepFailedError(request_ids) from error

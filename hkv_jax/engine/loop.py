@@ -1,8 +1,8 @@
 """The one thread that owns the engine, and the door to it for all others.
 
-Owns: the inbox, request ids, deadlines, the queue's limit, and the end of everything. The only module of the engine
-    with locks.
-Must never: wait for a client or for text (``output_processor`` does that beside it), or know gRPC or asyncio.
+Owns: the inbox, request ids, deadlines, the queue's limit, and the end of everything. With ``outbox`` it is the only
+module of the engine that has locks. Must never: wait for a client or for text (``output_processor`` does that beside
+it), or know gRPC or asyncio.
 """
 
 from __future__ import annotations
@@ -293,7 +293,9 @@ class EngineLoop:
 
     def _broken(self, living: LivingRequest) -> None:
         with self._condition:
-            self._send(lambda engine: engine.abort(living.request.request_id))
+            # The id of one that has ended may be another's by now.
+            if self._lives(living):
+                self._send(lambda engine: engine.abort(living.request.request_id))
 
     def _ended(self, living: LivingRequest) -> None:
         with self._condition:

@@ -156,6 +156,31 @@ def test_requests_whose_step_keeps_failing_are_dropped(where: str) -> None:
     assert tokens_of(engine) == expected_tokens()
 
 
+def test_a_request_that_took_the_id_of_one_that_ended_is_not_dropped() -> None:
+    params = SamplingParams(max_tokens=3, seed=0)
+    dispatched: list[StepPlan] = []
+
+    def poisoned(_: int, plan: StepPlan) -> str | None:
+        dispatched.append(plan)
+        return "read" if any(s.request is bad for s in plan.sequences) else None
+
+    engine, _ = engine_of(poisoned)
+    bad = Request.create("bad", [1, 2, 3], SamplingParams())
+    short = Request.create("short", [1, 2], params)
+    engine.add(bad)
+    engine.add(short)
+    for _ in range(MAX_ATTEMPTS * 2 - 1):
+        engine.step()
+    engine.abort("short")  # its rows are still in the step that fails for the last time
+    engine.add(Request.create("short", [1, 2], params))
+    with pytest.raises(StepFailedError) as caught:
+        engine.step()
+    assert any(s.request is short for s in dispatched[-2].sequences)
+    assert caught.value.request_ids == ("bad",)
+    events = run_to_end(engine)
+    assert len(events["short", 0]) == 3
+
+
 def test_failures_with_good_steps_between_them_are_forgiven() -> None:
     engine, _ = engine_of(lambda number, _: "read" if number % 8 == 0 else None)
     for request in requests():

@@ -155,3 +155,22 @@ def test_a_request_the_engine_refuses_ends_with_its_error(open_loop: Opener, ste
     with pytest.raises(RequestError, match="3 tokens are too many today"):
         stream.result()
     assert loop.stats().num_requests == 0
+
+
+def test_a_callback_that_raises_at_the_end_leaves_the_next_request_of_that_id_alone(
+    open_loop: Opener, stepped: SteppedEngine
+) -> None:
+    loop = open_loop(stepped)
+    first = loop.submit(PROMPT, ENDLESS.replace(max_tokens=1), request_id="r")
+    successors = []
+
+    def takes_the_id_and_raises() -> None:
+        successors.append(loop.submit(PROMPT, ENDLESS.replace(max_tokens=3), request_id="r"))
+        raise ValueError("a secret")
+
+    first.set_on_end(takes_the_id_and_raises)
+    stepped.run_freely()
+    assert first.result().outputs[0].finish_reason is FinishReason.LENGTH
+    loop.close(drain=True)
+    (second,) = successors
+    assert len(second.result().outputs[0].token_ids) == 3
