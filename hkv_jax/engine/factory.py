@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -30,12 +29,9 @@ from hkv_jax.families import TensorNames, read_model_spec
 from hkv_jax.kvcache.format import PageLayout
 from hkv_jax.kvcache.layout import KVLayout, LayoutRequest, most_useful_bytes, plan_layout
 from hkv_jax.model.checkpoint import Checkpoint
-from hkv_jax.model.parameters import load_parameters
+from hkv_jax.model.parameters import Progress, load_parameters
 from hkv_jax.sharding import check_divides, make_mesh
 from hkv_jax.spec import ModelSpec
-
-Progress = Callable[[str, int, int], None]
-"""Told what was just done, how many things are done, and how many there are."""
 
 COMPILATION_CACHE_VARIABLE = "HKV_JAX_COMPILATION_CACHE"
 

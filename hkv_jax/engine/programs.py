@@ -28,6 +28,7 @@ from hkv_jax.engine.device_state import (
 )
 from hkv_jax.engine.step import StepProgram
 from hkv_jax.kvcache.layout import KVLayout
+from hkv_jax.model.parameters import Progress
 from hkv_jax.model.transformer import Decoder, ModelParameters
 from hkv_jax.model.xla_attention import AttentionSpec
 from hkv_jax.sampling_params import MAX_LOGIT_BIASES
@@ -36,9 +37,6 @@ from hkv_jax.sharding import REPLICATED, named
 COMPILE_THREADS = 2
 COMPILE_STACK_BYTES = 64 * 1024 * 1024
 """XLA recurses deeply on long unrolled programs; the default thread stack overflows."""
-
-Progress = Callable[[str, int, int], None]
-"""(what was just finished, how many are done, how many there are)."""
 
 
 class ProgramFactory:
@@ -131,7 +129,7 @@ class Programs:
             jobs = {pool.submit(lambda build: build().compile(), build): name for name, build in lower.items()}
             for job in concurrent.futures.as_completed(jobs):
                 compiled[jobs[job]] = job.result()
-                progress(str(jobs[job]), len(compiled), len(jobs))
+                progress(f"compiled {jobs[job]}", len(compiled), len(jobs))
         return cls({f.bucket: compiled[f.bucket] for f in formats}, compiled["lane set-up"], compiled["fork"])
 
 

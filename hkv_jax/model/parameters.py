@@ -21,6 +21,8 @@ from hkv_jax.model.transformer import Decoder, ModelParameters
 from hkv_jax.sharding import named, parameter_partition
 
 Progress = Callable[[str, int, int], None]
+"""Told what was just done, how many things are done, and how many there are."""
+
 _KV_PARAMETERS = ("k", "v", "k_bias", "v_bias")
 
 
@@ -48,7 +50,7 @@ def load_parameters(
             sharding = named(decoder.mesh, parameter_partition(name, shape, decoder.mesh))
             arrays[name] = checkpoint.load(tensors[name], sharding, dtype, _repeat(decoder, layer, name))
         progress(
-            "embedding" if layer is None else f"layer {layer}",
+            "loaded embedding" if layer is None else f"loaded layer {layer}",
             0 if layer is None else layer + 1,
             decoder.spec.num_layers,
         )
