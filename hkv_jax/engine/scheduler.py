@@ -1,8 +1,8 @@
 """Who runs in the next step: continuous batching under one token budget, first come first served.
 
 Owns: the life of every sequence, from the queue to its last token. Must never: import jax, fill buffers, or know text.
-The
-scheduler runs one step ahead of the device: ``schedule`` is called before the tokens of the step before are committed.
+The scheduler runs one step ahead of the device: ``schedule`` is called before the tokens of the step before are
+committed.
 
 Why nothing starves or deadlocks. The queue is served in order of age and nobody is admitted past its head. Where blocks
 lack, the youngest running sequence gives way, never the oldest; the pools hold one sequence of any admissible length
@@ -88,10 +88,8 @@ class Scheduler:
     """Decides each step and takes its tokens. ``num_preemptions`` counts them since the start.
 
     Invariants. S1: a sequence has computed between 0 and all of its tokens. S2: it is in exactly one state, and only
-    where
-    that state belongs. S3: a plan never exceeds the budget in tokens nor ``max_num_seqs`` in rows. S4: the oldest
-    running
-    sequence is never preempted. M2: who does not run holds no block.
+    where that state belongs. S3: a plan never exceeds the budget in tokens nor ``max_num_seqs`` in rows. S4: the oldest
+    running sequence is never preempted. M2: who does not run holds no block.
     """
 
     def __init__(self, config: SchedulerConfig, cache: CacheManager) -> None:

@@ -162,8 +162,7 @@ def choose_block_sizes(
             if sizes[name] < largest:
                 raise ConfigError(
                     f"block_size: global blocks ({name}={sizes[name]}) must not be smaller than sliding ones "
-                    f"({largest}); "
-                    f"give {name}={largest} or smaller sliding blocks"
+                    f"({largest}); give {name}={largest} or smaller sliding blocks"
                 )
     return sizes
 

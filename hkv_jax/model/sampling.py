@@ -1,12 +1,11 @@
 """Draws the next token of every row on the device.
 
 Owns: the meaning of each sampling field on logits, in the order bias, penalties, min_tokens, temperature, min-p, top-k,
-top-p, draw. A draw is the inverse of the cumulative distribution, in
-vocabulary order, at one uniform number that is a function of (seed, sample, output position) alone. What top-k and
-top-p keep is a *cut*: a smallest logit and, among logits equal to it, a largest id. It is found from the 64 most
-likely tokens where they suffice, else by bisection over the ordered bits of float32; both are exact, and each row
-uses the one its own numbers call for, so that a row's token never depends on the others. Must never: sort or sample
-over the vocabulary (docs/benchmarks.md).
+top-p, draw. A draw is the inverse of the cumulative distribution, in vocabulary order, at one uniform number that is a
+function of (seed, sample, output position) alone. What top-k and top-p keep is a *cut*: a smallest logit and, among
+logits equal to it, a largest id. It is found from the 64 most likely tokens where they suffice, else by bisection over
+the ordered bits of float32; both are exact, and each row uses the one its own numbers call for, so that a row's token
+never depends on the others. Must never: sort or sample over the vocabulary (docs/benchmarks.md).
 """
 
 from __future__ import annotations

@@ -3,8 +3,7 @@
 Owns: the device's rules in numpy: the order of table updates, writes and reads, forks, lanes. Instead of K/V a slot
 holds a fingerprint of the token's whole prefix, in every layer's page. A row reads exactly what a device would read,
 through the lane's tables; whatever it finds there that is not its own prefix is an ``AssertionError``, and draws are
-functions of what
-was read. Must never: import jax, or ask the cache manager where a block is.
+functions of what was read. Must never: import jax, or ask the cache manager where a block is.
 """
 
 from __future__ import annotations

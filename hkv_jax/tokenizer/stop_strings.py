@@ -1,8 +1,7 @@
 """Looks for stop strings in text that arrives in pieces, and holds back what might become one.
 
 Owns: where a text ends because of a stop string. What it finds does not depend on how the text was cut into pieces.
-    Must
-never: know tokens or requests.
+Must never: know tokens or requests.
 """
 
 from __future__ import annotations
