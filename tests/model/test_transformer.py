@@ -70,15 +70,15 @@ def run(engine: UnbuiltEngine, parameters: ModelParameters) -> Run:
 
 @cache
 def unrolled() -> tuple[UnbuiltEngine, ModelParameters, Run]:
-    """Two periods and one layer more."""
-    engine = unbuilt(5)
+    """Two periods of two sliding layers and a global one, and one layer more."""
+    engine = unbuilt(7, period=3)
     parameters = random_parameters(engine)
     return engine, parameters, run(engine, parameters)
 
 
 def test_a_scan_over_periods_is_the_unrolled_loop() -> None:
     engine, parameters, (hidden, arenas) = unrolled()
-    scanning = unbuilt(5, scanned=True)
+    scanning = unbuilt(7, period=3, scanned=True)
     assert scanning.decoder.num_scanned_periods == 2
     other_hidden, other_arenas = run(scanning, stacked(parameters, engine.spec.period))
     assert np.isfinite(hidden).all()
