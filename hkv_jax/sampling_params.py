@@ -95,11 +95,6 @@ class SamplingParams:
         self._check_stops()
         self._check_biases()
 
-    @property
-    def greedy(self) -> bool:
-        """Whether the most likely token is taken instead of drawing."""
-        return self.temperature == 0
-
     def replace(self, **changes: Any) -> SamplingParams:
         """A copy with some fields set to new values.
 

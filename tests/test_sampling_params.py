@@ -119,11 +119,6 @@ def test_ids_must_be_in_the_vocabulary(field: str) -> None:
         params.check_for_model(9)
 
 
-def test_only_temperature_zero_is_greedy() -> None:
-    assert SamplingParams(temperature=0).greedy
-    assert not SamplingParams(temperature=0.01).greedy
-
-
 def test_an_unknown_field_is_named() -> None:
     with pytest.raises(TypeError, match="temprature"):
         SamplingParams(temprature=1)  # type: ignore[call-arg]

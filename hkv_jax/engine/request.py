@@ -76,8 +76,7 @@ class SequenceState(enum.Enum):
     """Where a sequence is in its life; it is in exactly one of these (S2).
 
     WAITING: holds nothing; in the queue, or with its leader until the prompt can be shared. RUNNING: owns a lane.
-    ENDING: its last token is drawn by the step in flight; it holds nothing any more. FINISHED: no result counts any
-    more.
+    ENDING: its last token is drawn by the step in flight; it holds nothing any more. FINISHED: no result counts now.
     """
 
     WAITING = "waiting"

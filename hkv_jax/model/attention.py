@@ -1,4 +1,4 @@
-"""One attention layer over the arena: write the new K/V, then attend; the only place that enters ``shard_map``.
+"""One attention layer over the arena: write the new K/V, then attend, each chip on its own heads (``shard_map``).
 
 Owns: the partition of the arguments over chips. Must never: know a model family, or look inside a page.
 """
