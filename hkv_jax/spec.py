@@ -142,11 +142,6 @@ class ModelSpec:
         return len(self.layers)
 
     @property
-    def largest_window(self) -> int:
-        """The largest attention window in tokens, 0 without a sliding layer."""
-        return max((layer.window or 0 for layer in self.layers), default=0)
-
-    @property
     def period(self) -> int:
         """The smallest p for which layer i equals layer i + p throughout: what a layer scan repeats over."""
         n = self.num_layers

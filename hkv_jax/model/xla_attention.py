@@ -33,7 +33,7 @@ class AttentionSpec:
     """What is static of one group's attention.
 
     ``window`` is in tokens, ``None`` for global; ``table_width`` is the number of columns M of the group's tables;
-    ``max_decode_tokens`` bounds the keys a decode row may read from the pool.
+    scores are q·k times ``scale``; ``kv_dtype`` is what the bits in the pool are.
     """
 
     format: KVFormat
