@@ -215,7 +215,7 @@ def test_gemma3_is_its_text_part() -> None:
     assert (spec.architecture, spec.num_layers, spec.hidden_size, spec.num_heads) == ("gemma3", 34, 2560, 8)
     assert (spec.eos_token_ids, spec.dtype, spec.tie_embeddings) == ((1, 106), "bfloat16", True)
     assert [index for index, window in enumerate(windows(spec)) if not window] == [5, 11, 17, 23, 29]
-    assert spec.largest_window == 1024
+    assert {layer.window for layer in spec.layers} == {None, 1024}
     assert spec.layers[5].rope == RopeSpec(1_000_000.0, linear_factor=8.0)
     assert spec.layers[0].rope == RopeSpec(10_000.0)
 
