@@ -107,10 +107,14 @@ class SamplingParams:
     def with_defaults(self, defaults: Mapping[str, Any]) -> SamplingParams:
         """A copy whose unset fields have the values in ``defaults`` (field name → value), where there is one.
 
+        A default for ``max_tokens`` gives way to a larger ``min_tokens`` that was asked for.
+
         Raises:
             RequestError: a default is out of range, or does not go with a field that is set.
         """
         values = {name: value for name, value in defaults.items() if name not in self.set_fields}
+        if values.get("max_tokens") is not None and "min_tokens" in self.set_fields:
+            values["max_tokens"] = max(values["max_tokens"], self.min_tokens)
         return self.replace(**values) if values else self
 
     def check_for_model(self, vocab_size: int) -> None:

@@ -135,9 +135,9 @@ def test_the_first_default_counts() -> None:
     assert SamplingParams().with_defaults({"top_k": 1}).with_defaults({"top_k": 2}).top_k == 1
 
 
-def test_a_default_that_does_not_go_with_what_is_set_is_refused() -> None:
-    with pytest.raises(RequestError, match="min_tokens"):
-        SamplingParams(min_tokens=9).with_defaults({"max_tokens": 8})
+def test_a_default_out_of_range_is_refused() -> None:
+    with pytest.raises(RequestError, match="top_p"):
+        SamplingParams(min_tokens=9).with_defaults({"top_p": 2.0})
 
 
 def test_a_copy_remembers_what_is_set() -> None:
@@ -152,3 +152,8 @@ def test_a_copy_remembers_what_is_set() -> None:
 
 def test_what_is_set_makes_no_difference_to_equality() -> None:
     assert SamplingParams(temperature=1.0) == SamplingParams()
+
+
+def test_a_models_limit_gives_way_to_what_was_asked_for() -> None:
+    params = SamplingParams(min_tokens=30).with_defaults({"max_tokens": 20})
+    assert (params.min_tokens, params.max_tokens) == (30, 30)

@@ -106,7 +106,7 @@ class EngineConfig:
     )
     attention_backend: str = option(
         kinds.choice("auto", "xla", "pallas"),
-        "xla runs everywhere. pallas is the TPU kernels; without a TPU they are interpreted, slowly, for tests.",
+        "xla runs everywhere. pallas is the TPU kernels, which this version does not have yet.",
         default="auto",
     )
     generation_config: str = option(

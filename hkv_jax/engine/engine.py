@@ -22,7 +22,7 @@ from hkv_jax.kvcache.manager import CacheManager
 logger = logging.getLogger(__name__)
 
 MAX_ATTEMPTS = 3
-"""Failures in a row after which the requests of the failing step are given up."""
+"""Failed steps of a request, without a token between them, after which it is given up."""
 
 
 class StepHandle(Protocol):
@@ -76,7 +76,7 @@ class Engine:
         self.cache = cache
         self._runner = runner
         self._in_flight: _InFlight | None = None
-        self._num_failures = 0
+        self._failures: dict[str, int] = {}  # steps of a request that failed since it last got a token
 
     @classmethod
     def over(cls, layout: KVLayout, config: SchedulerConfig, runner: StepRunner) -> Self:
@@ -117,7 +117,7 @@ class Engine:
         notices, since draws do not depend on what else happened.
 
         Raises:
-            StepFailedError: that happened several times in a row. The engine can go on.
+            StepFailedError: some requests had that several times without a token between. The engine can go on.
             AssertionError: an invariant is broken. It cannot.
         """
         plan = self.scheduler.schedule()
@@ -134,24 +134,29 @@ class Engine:
             result = previous.handle.read()
         except Exception as error:
             return self._recover(previous.plan, error)
-        self._num_failures = 0
-        return self.scheduler.commit(previous.plan, result)
+        events = self.scheduler.commit(previous.plan, result)
+        if self._failures:
+            for event in events:
+                self._failures.pop(event.sequence.request.request_id, None)
+        return events
 
     def _recover(self, failing: StepPlan, error: Exception) -> list[TokenEvent]:
         """Starts over without the steps in flight, and without the requests of a step that keeps failing."""
         if isinstance(error, AssertionError):
             raise error  # a broken invariant: trying again would hide it
-        self._num_failures += 1
-        logger.exception("a step failed (attempt %d of %d); starting over", self._num_failures, MAX_ATTEMPTS)
+        # The id of a request that has ended may be another's by now.
+        living = (s for s in failing.sequences if s.state is not SequenceState.FINISHED)
+        request_ids = tuple(dict.fromkeys(sequence.request.request_id for sequence in living))
+        self._failures = {request_id: self._failures.get(request_id, 0) + 1 for request_id in request_ids}
+        attempt = max(self._failures.values(), default=1)
+        logger.exception("a step failed (attempt %d of %d); starting over", attempt, MAX_ATTEMPTS)
         self._in_flight = None
         self.scheduler.reset()
         self._runner.reset()
-        if self._num_failures >= MAX_ATTEMPTS:
-            self._num_failures = 0
-            # The id of one that has ended may be another's by now.
-            living = (s for s in failing.sequences if s.state is not SequenceState.FINISHED)
-            request_ids = tuple(dict.fromkeys(sequence.request.request_id for sequence in living))
-            for request_id in request_ids:
+        given_up = tuple(request_id for request_id, count in self._failures.items() if count >= MAX_ATTEMPTS)
+        if given_up:
+            for request_id in given_up:
+                del self._failures[request_id]
                 self.scheduler.abort(request_id)
-            raise StepFailedError(request_ids) from error
+            raise StepFailedError(given_up) from error
         return []

@@ -67,7 +67,8 @@ def shape_logits(logits: Logits, rows: SamplingRows, lanes: LaneSampling) -> Log
     index = jnp.arange(logits.shape[0])[:, None]
     shaped = logits.at[index, lanes.bias_ids].add(lanes.bias_values, mode="drop")
     repeated = (lanes.counts > 0) | lanes.in_prompt
-    factor = rows.repetition_penalty[:, None]
+    # Bounded, so that no logit becomes infinite.
+    factor = jnp.maximum(rows.repetition_penalty, SMALLEST_TEMPERATURE)[:, None]
     shaped = jnp.where(repeated, jnp.where(shaped > 0, shaped / factor, shaped * factor), shaped)
     shaped = shaped - rows.frequency_penalty[:, None] * lanes.counts
     shaped = shaped - rows.presence_penalty[:, None] * (lanes.counts > 0)

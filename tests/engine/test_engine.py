@@ -156,6 +156,20 @@ def test_requests_whose_step_keeps_failing_are_dropped(where: str) -> None:
     assert tokens_of(engine) == expected_tokens()
 
 
+def test_a_request_is_dropped_when_only_a_later_step_of_it_fails() -> None:
+    def poisoned(_: int, plan: StepPlan) -> str | None:
+        return (
+            "read" if any(chunk.sequence.request.request_id == "bad" and chunk.start for chunk in plan.chunks) else None
+        )
+
+    engine, runner = engine_of(poisoned)
+    engine.add(Request.create("bad", range(1, 80), SamplingParams()))
+    with pytest.raises(StepFailedError):
+        for _ in range(40):
+            engine.step()
+    assert runner.num_resets == 1 + MAX_ATTEMPTS
+
+
 def test_a_request_that_took_the_id_of_one_that_ended_is_not_dropped() -> None:
     params = SamplingParams(max_tokens=3, seed=0)
     dispatched: list[StepPlan] = []
