@@ -60,7 +60,7 @@ class LLM:
         self,
         model: str | os.PathLike[str] | None = None,
         *,
-        progress: bool | None = None,
+        progress: bool | Progress | None = None,
         engine_factory: EngineFactory | None = None,
         **options: Any,
     ) -> None:
@@ -68,7 +68,8 @@ class LLM:
 
         Args:
             model: a checkpoint folder; the bundled demo model when left out.
-            progress: show bars on stderr; when left out, if stderr is a terminal or a notebook.
+            progress: show bars on stderr; when left out, if stderr is a terminal or a notebook. A function is told
+                instead what was made ready, how many things are, and how many there are to be.
             engine_factory: makes the engine; the real one when left out, a fake in tests.
             options: fields of ``EngineConfig``: ``max_model_len``, ``kv_cache_memory``, ...
 
@@ -79,7 +80,7 @@ class LLM:
         config = EngineConfig.from_options({"model": model, **options})
         with _warm_up_bar(progress) as bar:
             self._model: OpenModel = open_model(config, progress=bar, engine_factory=engine_factory)
-        self._progress = progress
+        self._progress = None if callable(progress) else progress
         # At the end of the program the threads must end before jax does: what is registered last runs first. Finalizers
         # run as if registered with the first of them, which may be before jax.
         atexit.register(self._model.loop.close)
@@ -307,8 +308,11 @@ def _show_requests(console: Console, ended: queue.SimpleQueue[None], total: int,
 
 
 @contextlib.contextmanager
-def _warm_up_bar(progress: bool | None) -> Iterator[Progress | None]:
+def _warm_up_bar(progress: bool | Progress | None) -> Iterator[Progress | None]:
     """A bar that names what was just made ready."""
+    if callable(progress):
+        yield progress
+        return
     console = _console(progress)
     if console is None:
         yield None

@@ -147,7 +147,8 @@ def main() -> int:
                 return 1
             except KeyboardInterrupt:
                 return 130
-    console.print("\n", cache_table(info))
+    console.print()
+    console.print(cache_table(info))
     return 0
 
 

@@ -56,7 +56,10 @@ def read_model_spec(folder: Path) -> ModelSpec:
         CheckpointError: the data type is looked for in the weights, and they are broken.
     """
     if not folder.is_dir():
-        raise ConfigError(f"model: {folder} is not a folder; give one that holds {CONFIG_FILE} and the weights")
+        raise ConfigError(
+            f"model: {folder} is not a folder; give one that holds {CONFIG_FILE} and the weights "
+            "(tools/make_demo_checkpoint.py writes a small random one, tools/make_real_models.py real ones)"
+        )
     config = read_json_object(folder / CONFIG_FILE)
     spec = model_spec_from_config(config, read_generation_config(folder))
     has_weights = any((folder / name).exists() for name in (SINGLE_FILE, INDEX_FILE))

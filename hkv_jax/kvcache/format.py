@@ -22,6 +22,9 @@ NO_SLOT = 2**31 - 1
 LANES = 128
 """Elements of one row of a plane: the width of a TPU vector register."""
 
+MAX_BLOCK_SIZE = 4096
+"""Tokens; larger blocks would waste more than any table they spare."""
+
 SMALL_PAGE_BYTES = 32 * 1024
 """Below this many bytes a page of 64 tokens is too short a DMA, so the block is doubled."""
 
@@ -169,5 +172,5 @@ def choose_block_sizes(
 
 def _check_block_size(name: str, size: int, layout: PageLayout, itemsize: int) -> None:
     least = row_tile(itemsize) if layout is PageLayout.PLANES else 1
-    if size < least or size & (size - 1):
-        raise ConfigError(f"block_size: {name}={size} must be a power of two, at least {least}")
+    if not least <= size <= MAX_BLOCK_SIZE or size & (size - 1):
+        raise ConfigError(f"block_size: {name}={size} must be a power of two from {least} to {MAX_BLOCK_SIZE}")

@@ -69,9 +69,13 @@ class Tokenizer:
         Special tokens written in the text become their ids.
 
         Raises:
-            RequestError: the folder has no tokenizer.
+            RequestError: the folder has no tokenizer, or the text is not valid Unicode.
             ConfigError: its file is broken.
         """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise RequestError(f"the prompt is no valid text: {error.reason} at character {error.start}") from error
         return list(self._fast.encode(text, add_special_tokens=add_special_tokens).ids)
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
@@ -141,7 +145,7 @@ class Tokenizer:
 
         if not self.available:
             raise RequestError(
-                f"the model folder has no {_TOKENIZER_FILE}: give the prompt as token ids and set detokenize to false"
+                f"the model folder has no {_TOKENIZER_FILE}: give the prompt as token ids and leave detokenize unset"
             )
         try:
             fast = FastTokenizer.from_file(str(self._folder / _TOKENIZER_FILE))

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from hkv_jax.errors import RequestError
 from serving.commands.option_flags import add_engine_flags, given_engine_options
 from serving.commands.sampling_flags import add_sampling_flags, sampling_params
-from serving.commands.terminal import Commands, say, show_layout
+from serving.commands.terminal import Commands, say, show_layout, start_progress
 
 if TYPE_CHECKING:
     from hkv_jax import LLM
@@ -92,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
             raise RequestError("stdin is empty; pipe a message, or give --message TEXT")
     from hkv_jax import LLM
 
-    with LLM(**given_engine_options(args)) as llm:
+    with LLM(progress=start_progress(), **given_engine_options(args)) as llm:
         # Said before the first question is typed: a base model cannot do this.
         llm.tokenizer.render_chat([{"role": "user", "content": "."}])
         show_layout(llm.layout)

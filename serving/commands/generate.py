@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from hkv_jax.errors import RequestError
 from serving.commands.option_flags import add_engine_flags, given_engine_options
 from serving.commands.sampling_flags import add_sampling_flags, sampling_params, token_ids
-from serving.commands.terminal import Commands, show_layout
+from serving.commands.terminal import Commands, show_layout, start_progress
 
 if TYPE_CHECKING:
     from hkv_jax import LLM
@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     params = sampling_params(args)
     from hkv_jax import LLM
 
-    with LLM(**given_engine_options(args)) as llm:
+    with LLM(progress=start_progress(), **given_engine_options(args)) as llm:
         show_layout(llm.layout)
         if args.json:
             for line in json_lines(llm.generate(args.prompts, params)):

@@ -90,3 +90,8 @@ class ProgressLine:
         """Clears the line that changes."""
         if self._changes:
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+
+def start_progress() -> ProgressLine | None:
+    """What tells of the start where no bar can be drawn: a log without a line looks like a hang."""
+    return None if sys.stderr.isatty() else ProgressLine()

@@ -234,7 +234,7 @@ def test_a_model_without_a_tokenizer_serves_ids(open_loop: Opener, tmp_path: Pat
     output = loop.submit(PROMPT, SamplingParams(max_tokens=4)).result()
     assert [len(ids) for ids, _ in whole(output)] == [4]
     assert output.outputs[0].text == ""
-    with pytest.raises(RequestError, match="set detokenize to false"):
+    with pytest.raises(RequestError, match="leave detokenize unset"):
         loop.submit(PROMPT, SamplingParams(detokenize=True))
     with pytest.raises(RequestError, match="stop is set and detokenize is false"):
         loop.submit(PROMPT, SamplingParams(stop=("x",)))

@@ -67,7 +67,7 @@ def test_given_sizes_are_taken_and_defaults_follow_them() -> None:
         ({"local": 16}, ROWS, "no group is called 'local'"),
         ({"sliding": 24}, ROWS, "sliding=24 must be a power of two"),
         ({"sliding": 0}, ROWS, "sliding=0 must be a power of two"),
-        ({"sliding": 8}, PLANES, "sliding=8 must be a power of two, at least 16"),
+        ({"sliding": 8}, PLANES, "sliding=8 must be a power of two from 16 to 4096"),
         ({"global": 16, "sliding": 32}, ROWS, "give global=32"),
     ],
 )

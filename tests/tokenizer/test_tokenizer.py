@@ -74,3 +74,8 @@ def test_nothing_is_loaded_before_it_is_needed(folder: Path) -> None:
     )
     command = [sys.executable, "-c", program, str(folder)]
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() == "set()"
+
+
+def test_text_that_is_no_unicode_is_refused(folder: Path) -> None:
+    with pytest.raises(RequestError, match="no valid text: .* at character 2"):
+        Tokenizer.from_folder(folder).encode("ab\ud83d")
