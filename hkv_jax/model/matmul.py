@@ -15,13 +15,16 @@ import jax.numpy as jnp
 CHUNKS = 16
 MAX_CHUNKED_ROWS = 32
 
+CHUNKED_FORM_RUNS = jax.__version_info__ >= (0, 8, 1)
+"""Earlier releases compile the chunked form of bfloat16 for CPU and then refuse to run it."""
+
 
 def project(x: jax.Array, weight: jax.Array, platform: str) -> jax.Array:
     """x [T, in] by weight [out, in]: f32[T, out]; ``platform`` is where it will run, ``cpu`` for the forms above."""
     if not _few_rows_on_cpu(x, weight, platform):
         return jnp.einsum("tk,nk->tn", x, weight, preferred_element_type=jnp.float32)
     padded = _at_least_two_rows(x)
-    if cpu_has_tiles() and weight.shape[0] % CHUNKS == 0:
+    if CHUNKED_FORM_RUNS and cpu_has_tiles() and weight.shape[0] % CHUNKS == 0:
         chunked = weight.reshape(CHUNKS, -1, weight.shape[1])
         product = jnp.einsum("tk,cnk->ctn", padded, chunked, preferred_element_type=jnp.float32)
         product = product.transpose(1, 0, 2).reshape(padded.shape[0], -1)

@@ -77,5 +77,5 @@ def test_nothing_is_loaded_before_it_is_needed(folder: Path) -> None:
 
 
 def test_text_that_is_no_unicode_is_refused(folder: Path) -> None:
-    with pytest.raises(RequestError, match="no valid text: .* at character 2"):
+    with pytest.raises(RequestError, match=r"no valid text: .* at character 2"):
         Tokenizer.from_folder(folder).encode("ab\ud83d")
