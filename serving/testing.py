@@ -8,16 +8,22 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from typing import TypeVar
 
 from hkv_jax.engine.loop import EngineLoop, ServedModel
+from hkv_jax.sampling_params import SamplingParams
 from hkv_jax.testing.fake_engine import FakeEngineConfig, fake_engine
 from hkv_jax.tokenizer import Tokenizer
 from serving.client import AsyncInferenceClient
+from serving.proto import hkv_inference_pb2 as pb
 from serving.server import InferenceServer
 from serving.server_options import ServerOptions
 
 LIMITS = FakeEngineConfig(max_model_len=4096, vocab_size=300)
+FOREVER = SamplingParams(ignore_eos=True, seed=7)
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,3 +66,22 @@ async def fake_service(
                 yield FakeService(address, server, engine, client)
         finally:
             await server.stop()
+
+
+def endless() -> pb.GenerateRequest:
+    """A request of 64 samples: more than the fake engine finishes within any deadline of a test."""
+    return pb.GenerateRequest(text="hello", sampling=pb.SamplingParams(ignore_eos=True, n=64))
+
+
+def run(body: Callable[[], Awaitable[T]]) -> T:
+    """Runs ``body`` in an event loop of its own.
+
+    Raises:
+        TimeoutError: it took more than 60 s.
+    """
+
+    async def main() -> T:
+        async with asyncio.timeout(60):
+            return await body()
+
+    return asyncio.run(main())

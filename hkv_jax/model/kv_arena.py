@@ -19,11 +19,9 @@ from jax import lax
 from jax.sharding import Mesh
 
 from hkv_jax.array_types import ArenaArray, KeysValues
-from hkv_jax.kvcache.format import NO_SLOT, KVFormat, PageLayout
+from hkv_jax.kvcache.format import LANES, NO_SLOT, KVFormat, PageLayout
 from hkv_jax.kvcache.layout import KVLayout
 from hkv_jax.sharding import MODEL_AXIS, OVER_CHIPS, named
-
-LANES = 128
 
 
 def storage_dtype(kv_dtype: jnp.dtype, platform: str) -> jnp.dtype:
@@ -146,10 +144,10 @@ def _rows_of_slots(fmt: KVFormat, slots: jax.Array) -> jax.Array:
 
 def _rows_of_tokens(fmt: KVFormat, keys: jax.Array, values: jax.Array) -> jax.Array:
     """[T, rows a token, row_elements]: the rows of each token, in the order of ``_rows_of_slots``."""
-    tokens, heads, dim = keys.shape
+    tokens, _, dim = keys.shape
     if fmt.layout is PageLayout.ROWS:
         return jnp.stack([keys.reshape(tokens, -1), values.reshape(tokens, -1)], axis=1)
-    lanes_a_part = LANES // 2 if dim <= LANES // 2 else fmt.num_planes // heads // 2 * LANES
+    lanes_a_part = fmt.planes_per_head * LANES // 2
     padding = ((0, 0), (0, 0), (0, lanes_a_part - dim))
     both = jnp.stack([jnp.pad(keys, padding), jnp.pad(values, padding)], axis=2)
     return both.reshape(tokens, fmt.num_planes, LANES)

@@ -21,8 +21,8 @@ from hkv_jax.model.vocabulary import argmax, invert_cumulative, plain_zeros, top
 
 NUM_CANDIDATES = 64
 
-SMALLEST_TEMPERATURE = 1e-30
-"""Smaller ones count as this, at which logits are still finite and the most likely token is certain."""
+SMALLEST_DIVISOR = 1e-30
+"""Smaller temperatures and repetition penalties count as this, by which a logit divided is still finite."""
 
 
 class LaneSampling(NamedTuple):
@@ -68,7 +68,7 @@ def shape_logits(logits: Logits, rows: SamplingRows, lanes: LaneSampling) -> Log
     shaped = logits.at[index, lanes.bias_ids].add(lanes.bias_values, mode="drop")
     repeated = (lanes.counts > 0) | lanes.in_prompt
     # Bounded, so that no logit becomes infinite.
-    factor = jnp.maximum(rows.repetition_penalty, SMALLEST_TEMPERATURE)[:, None]
+    factor = jnp.maximum(rows.repetition_penalty, SMALLEST_DIVISOR)[:, None]
     shaped = jnp.where(repeated, jnp.where(shaped > 0, shaped / factor, shaped * factor), shaped)
     shaped = shaped - rows.frequency_penalty[:, None] * lanes.counts
     shaped = shaped - rows.presence_penalty[:, None] * (lanes.counts > 0)
@@ -95,7 +95,7 @@ def uniform(rows: SamplingRows) -> jax.Array:
 
 def draw_weights(logits: Logits, rows: SamplingRows) -> jax.Array:
     """What each row draws by: f32[S, V], probabilities up to a factor a row, 0 for a token that is not kept."""
-    scaled = logits / jnp.maximum(rows.temperature, SMALLEST_TEMPERATURE)[:, None]
+    scaled = logits / jnp.maximum(rows.temperature, SMALLEST_DIVISOR)[:, None]
     largest = jnp.max(scaled, axis=-1, keepdims=True)
     # min-p 0 gives −inf: nothing is dropped.
     scaled = jnp.where(scaled < largest + jnp.log(rows.min_p)[:, None], -jnp.inf, scaled)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
-from typing import TypeVar
 
 import grpc
 import pytest
@@ -13,32 +11,13 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from hkv_jax.engine.loop import EngineLoop, ServedModel
 from hkv_jax.errors import ConfigError, EngineStoppedError
-from hkv_jax.sampling_params import SamplingParams
 from hkv_jax.testing.fake_engine import fake_engine
 from hkv_jax.tokenizer import Tokenizer
 from serving.client import AsyncInferenceClient
-from serving.proto import hkv_inference_pb2 as pb
 from serving.proto import hkv_inference_pb2_grpc as pb_grpc
 from serving.server import SERVICE, InferenceServer
 from serving.server_options import ServerOptions
-from serving.testing import LIMITS, fake_service
-
-T = TypeVar("T")
-
-FOREVER = SamplingParams(ignore_eos=True, seed=7)
-
-
-def run(body: Callable[[], Awaitable[T]]) -> T:
-    async def main() -> T:
-        async with asyncio.timeout(60):
-            return await body()
-
-    return asyncio.run(main())
-
-
-def endless() -> pb.GenerateRequest:
-    """Of 64 samples: more than the fake engine finishes within any deadline here."""
-    return pb.GenerateRequest(text="hello", sampling=pb.SamplingParams(ignore_eos=True, n=64))
+from serving.testing import FOREVER, LIMITS, endless, fake_service, run
 
 
 def test_metadata_comes_before_the_first_token(tokenizer: Tokenizer) -> None:

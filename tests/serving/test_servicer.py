@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
-from typing import TypeVar
 
 import grpc
 import pytest
@@ -17,24 +15,7 @@ from hkv_jax.sampling_params import SamplingParams
 from hkv_jax.tokenizer import Tokenizer
 from serving.proto import hkv_inference_pb2 as pb
 from serving.proto import hkv_inference_pb2_grpc as pb_grpc
-from serving.testing import LIMITS, fake_service
-
-T = TypeVar("T")
-
-FOREVER = SamplingParams(ignore_eos=True, seed=7)
-
-
-def run(body: Callable[[], Awaitable[T]]) -> T:
-    async def main() -> T:
-        async with asyncio.timeout(60):
-            return await body()
-
-    return asyncio.run(main())
-
-
-def endless() -> pb.GenerateRequest:
-    """Of 64 samples: more than the fake engine finishes within any deadline here."""
-    return pb.GenerateRequest(text="hello", sampling=pb.SamplingParams(ignore_eos=True, n=64))
+from serving.testing import FOREVER, LIMITS, endless, fake_service, run
 
 
 def test_unary_is_the_joined_stream(tokenizer: Tokenizer) -> None:
