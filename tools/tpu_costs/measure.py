@@ -1,0 +1,75 @@
+"""From a case to its cost: compile in a process of its own, read the dump, lay the model over it.
+
+Owns: the child process and its folder. Must never: keep a dump.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from tools.tpu_costs.cases import Case
+from tools.tpu_costs.kernels import KERNELS
+from tools.tpu_costs.measured import Compiled, Cost
+from tools.tpu_costs.schedule import read_kernel
+
+ROOT = Path(__file__).resolve().parents[2]
+COMPILE_LIMIT_SECONDS = 300
+
+
+@dataclasses.dataclass(frozen=True)
+class DoesNotCompile:
+    """A case that the compiler, or the kernel itself, refuses."""
+
+    case: Case
+    reason: str
+
+
+def compile_environment(dump: Path | None = None) -> dict[str, str]:
+    """The environment in which libtpu compiles without a TPU, next to other processes, dumping to a folder."""
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "TPU_SKIP_MDS_QUERY": "1",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+        # A cached program is not compiled, and so not dumped.
+        "JAX_ENABLE_COMPILATION_CACHE": "false",
+    }
+    if dump is not None:
+        environment["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true"
+    return environment
+
+
+def measure(case: Case) -> Cost | DoesNotCompile:
+    """Compiles a case and models its cost.
+
+    Raises:
+        RuntimeError: the compiling process died.
+    """
+    with tempfile.TemporaryDirectory(prefix="tpu-cost-") as folder:
+        command = [sys.executable, "-m", "tools.tpu_costs.compile_case", case.to_json()]
+        try:
+            run = subprocess.run(
+                command,
+                cwd=ROOT,
+                env=compile_environment(Path(folder)),
+                capture_output=True,
+                text=True,
+                timeout=COMPILE_LIMIT_SECONDS,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            return DoesNotCompile(case, f"took more than {COMPILE_LIMIT_SECONDS} s to compile")
+        if run.returncode:
+            raise RuntimeError(f"{case.kernel} on {case.topology}: the compiler died\n{run.stderr[-2000:]}")
+        result = json.loads(run.stdout.splitlines()[-1])
+        if "error" in result:
+            return DoesNotCompile(case, result["error"])
+        kernel = KERNELS[case.kernel]
+        schedule = read_kernel(Path(folder), kernel.program)
+        compiled = Compiled(result["compile_seconds"], result["alias_bytes"], result["temp_bytes"])
+        return Cost(case, schedule, compiled, kernel.work(case, schedule))
