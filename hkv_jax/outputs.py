@@ -30,13 +30,40 @@ class TokenLogprob:
     top: tuple[tuple[int, float], ...] = ()
 
 
+class PrefixHit(enum.StrEnum):
+    """How what was cached of a prompt's beginning served the request.
+
+    Values:
+        MISS: nothing was skipped; the whole prompt was computed.
+        RESIDENT: every layer's K/V was there, up to the end of what is cached.
+        TRUNCATE: the K/V of the sliding windows before that end was gone; an earlier place where it was still there
+            served instead.
+        REBUILD: it was gone, and was computed again from a little before that end, for a part of the prefix's work.
+    """
+
+    MISS = "miss"
+    RESIDENT = "resident"
+    TRUNCATE = "truncate"
+    REBUILD = "rebuild"
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Usage:
-    """Token counts of one request; ``cached_tokens`` are prompt tokens that were not computed."""
+    """Token counts of one request; prompt tokens count once, whatever the number of samples.
+
+    Attributes:
+        prompt_tokens, completion_tokens: tokens of the prompt, and of all samples together.
+        cached_tokens: prompt tokens that were not computed, because their K/V was cached.
+        prefix_hit: how the cached prefix served.
+        rebuilt_tokens: prompt tokens that were computed although the global layers had them cached, because the sliding
+            layers' K/V had to be there again.
+    """
 
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int = 0
+    prefix_hit: PrefixHit = PrefixHit.MISS
+    rebuilt_tokens: int = 0
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
