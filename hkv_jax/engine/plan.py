@@ -53,18 +53,44 @@ class DecodeRows:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class LaneTables:
+    """The device's whole table rows of a lane, one i32[table width] a group, as they are before the plan's step.
+
+    They hold the blocks of the cached prefix alone: what the chunk itself takes comes with the step's table updates,
+    which a sliding group's ring applies only once the older blocks are read.
+    """
+
+    lane: int
+    rows: tuple[NDArray[np.int32], ...]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class BlockCopy:
+    """A block of ``group`` that moved or was duplicated; pages are those of layer 0. Targets were free."""
+
+    group: int
+    source_page: int
+    target_page: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class StepPlan:
     """One step: decode rows first, then chunks (those of one token first).
 
     ``admitted`` are sequences that took a fresh lane in this plan: the runner sets up their lane before the step.
     ``forks`` run before the step as well: a lane takes over another's state, partial blocks are copied; the sequence
     of the new lane is not among the admitted.
+
+    What changes before the step, in this order: ``copies``, all of them reading what was there before any; then
+    ``table_rows`` of admitted sequences that found cached blocks; then lanes are set up, then forks.
     """
 
     decode: DecodeRows
     chunks: tuple[Chunk, ...]
     admitted: tuple[Sequence, ...] = ()
     forks: tuple[Fork, ...] = ()
+    copies: tuple[BlockCopy, ...] = ()
+    table_rows: tuple[LaneTables, ...] = ()
 
     @property
     def sequences(self) -> tuple[Sequence, ...]:

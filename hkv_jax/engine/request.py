@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hkv_jax.errors import RequestError
+from hkv_jax.kvcache.prefix_match import PrefixUse
 from hkv_jax.outputs import FinishReason, TokenLogprob
 from hkv_jax.sampling_params import SamplingParams
 
@@ -96,6 +97,8 @@ class Sequence:
         in_flight: tokens drawn but not read when it was preempted; it is not run again before they are read.
         siblings: other samples that will share this one's prompt once it is computed.
         prompt_logprobs: of the prompt tokens read so far, from the first on; ``None`` when nobody asked.
+        prefix: how the present (or latest) admission uses cached K/V; ``None`` before the first.
+        first_prefix: the same of the first admission, which is what usage reports.
     """
 
     request: Request
@@ -109,6 +112,8 @@ class Sequence:
     in_flight: int = 0
     siblings: list[Sequence] = dataclasses.field(default_factory=list)
     prompt_logprobs: list[TokenLogprob] | None = None
+    prefix: PrefixUse | None = None
+    first_prefix: PrefixUse | None = None
     finish_reason: FinishReason | None = None
     stop_reason: int | None = None
 
