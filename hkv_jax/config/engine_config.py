@@ -99,6 +99,34 @@ class EngineConfig:
         default_text="by the model's windows",
         environment=EXPECTED_LENGTH_VARIABLE,
     )
+    enable_prefix_caching: bool = option(
+        kinds.switch(),
+        "Keep the keys and values of prompts and answers after they end, for as long as nothing else needs the memory: "
+        "a request that begins with the same tokens does not compute them again.",
+        default=True,
+        default_text="enabled",
+    )
+    tail_repair: str = option(
+        kinds.choice("exact", "off"),
+        "What to do with a cached prefix whose sliding windows were given up while its global keys and values stayed. "
+        "exact: compute just enough of its end again to have the windows back, exactly as they were. off: use only the "
+        "shorter prefix whose windows are still there. The answers are the same, the work is not.",
+        default="exact",
+    )
+    max_bypass_seconds: float = option(
+        kinds.seconds(),
+        "How long later requests whose prefix is cached may go before one that came earlier. More of it finds more in "
+        "the cache, less of it keeps to the order of arrival.",
+        default=30.0,
+        default_text="30",
+    )
+    max_prefix_wait_seconds: float = option(
+        kinds.seconds(zero="never wait"),
+        "How long a request may wait for another one that is computing the prefix both begin with, where that is "
+        "cheaper than computing it twice.",
+        default=30.0,
+        default_text="30",
+    )
     tensor_parallel_size: int = option(
         kinds.count(high=4096, unit="devices"),
         "Devices the model is split over. It divides the query heads, and divides the kv heads or is their multiple.",

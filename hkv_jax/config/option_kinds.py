@@ -6,7 +6,6 @@ Owns: what is accepted, and the words for it. Must never: know an option by name
 from __future__ import annotations
 
 import dataclasses
-import math
 import operator
 import os
 import re
@@ -16,12 +15,14 @@ from pathlib import Path
 
 MAX_COUNT = 2**31 - 1
 MAX_DIGITS = 20
+MAX_SECONDS = 86_400
 ALL_GROUPS = "all"
 
 _UNITS = {"": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 _MEMORY = re.compile(r"([0-9]+(?:\.[0-9]+)?) ?([kmgt]ib)?", re.ASCII | re.IGNORECASE)
 _DECIMAL = re.compile(r"[0-9]+(?:\.[0-9]+)?|\.[0-9]+", re.ASCII)
 _COUNT = re.compile(r"[1-9][0-9]*", re.ASCII)
+_SWITCH = {"true": True, "false": False}
 _NAME = re.compile(r"[a-z][a-z0-9_]*", re.ASCII)
 
 
@@ -37,13 +38,13 @@ class OptionKind:
         parse: from a value as it came, a string or already of its type, to the value that is used; raises
             ``NotAcceptedError`` if it is neither.
         accepts: what is accepted, to be read after "accepted:".
-        metavar: the value's name in the help of the command line.
+        metavar: the value's name in the help of the command line; ``None`` for yes or no, which is a pair of flags.
         choices: the words there are, empty where there are too many.
     """
 
     parse: Callable[[object], object]
     accepts: str
-    metavar: str
+    metavar: str | None
     choices: tuple[str, ...] = ()
 
 
@@ -71,6 +72,19 @@ def choice(*words: str) -> OptionKind:
     return OptionKind(parse, ", ".join(words), "|".join(words), words)
 
 
+def switch() -> OptionKind:
+    """Yes or no."""
+
+    def parse(value: object) -> bool:
+        if isinstance(value, str) and value in _SWITCH:
+            return _SWITCH[value]
+        if not isinstance(value, bool):
+            raise NotAcceptedError
+        return value
+
+    return OptionKind(parse, "true or false", None)
+
+
 def memory() -> OptionKind:
     """A number of bytes."""
 
@@ -93,15 +107,25 @@ def fraction() -> OptionKind:
     """A share of something."""
 
     def parse(value: object) -> float:
-        if isinstance(value, str):
-            if not _DECIMAL.fullmatch(value):
-                raise NotAcceptedError
-            value = float(value)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1 or math.isnan(value):
+        number = _number(value)
+        if not 0 < number <= 1:
             raise NotAcceptedError
-        return float(value)
+        return number
 
     return OptionKind(parse, "a number above 0, at most 1, such as 0.5", "SHARE")
+
+
+def seconds(*, zero: str = "") -> OptionKind:
+    """A length of time; 0 is accepted where ``zero`` says what it means."""
+
+    def parse(value: object) -> float:
+        number = _number(value)
+        if not (0 < number <= MAX_SECONDS or (zero and number == 0)):
+            raise NotAcceptedError
+        return number
+
+    also = f", or 0 ({zero})" if zero else ""
+    return OptionKind(parse, f"a number of seconds above 0{also}, up to {MAX_SECONDS}, such as 2.5", "SECONDS")
 
 
 def folder() -> OptionKind:
@@ -147,6 +171,16 @@ def _count(value: object) -> int:
     if number < 1:
         raise NotAcceptedError
     return number
+
+
+def _number(value: object) -> float:
+    if isinstance(value, str):
+        if not _DECIMAL.fullmatch(value):
+            raise NotAcceptedError
+        return float(value)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise NotAcceptedError
+    return float(value)
 
 
 def _pair(part: str) -> tuple[str, str]:

@@ -51,7 +51,10 @@ def _add_flags(parser: argparse.ArgumentParser, title: str, options: Sequence[Op
     group = parser.add_argument_group(title)
     for one in options:
         text = f"{one.help} (default: {one.default_text})".replace("%", "%%")
-        group.add_argument(one.flag, dest=_PREFIX + one.name, metavar=one.kind.metavar, help=text)
+        form: dict[str, Any] = {"metavar": one.kind.metavar}
+        if one.kind.metavar is None:
+            form = {"action": argparse.BooleanOptionalAction}
+        group.add_argument(one.flag, dest=_PREFIX + one.name, help=text, **form)
 
 
 def _given(args: argparse.Namespace, options: Sequence[Option]) -> dict[str, Any]:

@@ -30,6 +30,10 @@ DEFAULTS: dict[str, Any] = {
     "kv_cache_memory_fraction": None,
     "kv_partition": "moving",
     "expected_average_seq_length": None,
+    "enable_prefix_caching": True,
+    "tail_repair": "exact",
+    "max_bypass_seconds": 30.0,
+    "max_prefix_wait_seconds": 30.0,
     "tensor_parallel_size": 1,
     "attention_backend": "auto",
     "generation_config": "model",
@@ -72,6 +76,9 @@ def test_every_value_is_read_as_it_is_from_a_command_line() -> None:
             "block_size": "global=32,sliding=16",
             "kv_cache_memory": "2GiB",
             "expected_average_seq_length": "900",
+            "enable_prefix_caching": "false",
+            "max_bypass_seconds": "2.5",
+            "max_prefix_wait_seconds": "0",
             "tensor_parallel_size": None,
         }
     )
@@ -83,6 +90,9 @@ def test_every_value_is_read_as_it_is_from_a_command_line() -> None:
         block_size={"global": 32, "sliding": 16},
         kv_cache_memory=2**31,
         expected_average_seq_length=900,
+        enable_prefix_caching=False,
+        max_bypass_seconds=2.5,
+        max_prefix_wait_seconds=0.0,
         tensor_parallel_size=1,
     )
 
@@ -98,6 +108,21 @@ COUNTS = [
 def test_bad_values_say_what_is_accepted(name: str, value: object) -> None:
     with pytest.raises(ConfigError, match=rf"^{name} is {re.escape(repr(value))}; accepted: .*positive integer"):
         EngineConfig.from_options({name: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "accepted"),
+    [
+        ("enable_prefix_caching", "yes", "true or false"),
+        ("tail_repair", "truncate", "exact, off"),
+        ("max_bypass_seconds", 0, "a number of seconds above 0, up to 86400, such as 2.5"),
+        ("max_prefix_wait_seconds", -1, "a number of seconds above 0, or 0 (never wait), up to 86400, such as 2.5"),
+    ],
+)
+def test_bad_values_of_the_prefix_cache(name: str, value: object, accepted: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        EngineConfig.from_options({name: value})
+    assert str(caught.value) == f"{name} is {value!r}; accepted: {accepted}"
 
 
 @pytest.mark.parametrize("value", ["0", "-5", "abc", "1e3", ""])
@@ -127,6 +152,8 @@ def test_toml(tmp_path: Path) -> None:
         max_model_len = 4096
         kv_cache_memory = "1GiB"
         block_size = { global = 32, sliding = 16 }
+        enable_prefix_caching = false
+        max_bypass_seconds = 4
         """,
     )
     config = EngineConfig.from_toml(path, {"max_model_len": "2048", "dtype": None, "max_num_seqs": 4})
@@ -136,6 +163,8 @@ def test_toml(tmp_path: Path) -> None:
         max_model_len=2048,
         kv_cache_memory=2**30,
         block_size={"global": 32, "sliding": 16},
+        enable_prefix_caching=False,
+        max_bypass_seconds=4.0,
         max_num_seqs=4,
     )
 

@@ -78,6 +78,40 @@ def test_no_fractions(value: Any) -> None:
 
 
 @pytest.mark.parametrize(
+    ("value", "seconds"), [(30, 30.0), ("30", 30.0), (0.25, 0.25), (".25", 0.25), (86_400, 86_400.0)]
+)
+def test_seconds(value: Any, seconds: float) -> None:
+    parsed = kinds.seconds().parse(value)
+    assert parsed == seconds
+    assert type(parsed) is float
+
+
+@pytest.mark.parametrize(
+    "value", [-1, "-1", 86_401, "86400.5", "30s", "", "1e3", "nan", float("nan"), float("inf"), "inf", True, None, []]
+)
+def test_no_seconds(value: Any) -> None:
+    for kind in (kinds.seconds(), kinds.seconds(zero="at once")):
+        with pytest.raises(kinds.NotAcceptedError):
+            kind.parse(value)
+
+
+def test_no_time_at_all_is_accepted_only_where_it_means_something() -> None:
+    for value in (0, 0.0, "0"):
+        assert kinds.seconds(zero="at once").parse(value) == 0.0
+        with pytest.raises(kinds.NotAcceptedError):
+            kinds.seconds().parse(value)
+
+
+def test_switches() -> None:
+    kind = kinds.switch()
+    for value, parsed in ((True, True), (False, False), ("true", True), ("false", False)):
+        assert kind.parse(value) is parsed
+    for other in (1, 0, "yes", "True", "", None, 1.0):
+        with pytest.raises(kinds.NotAcceptedError):
+            kind.parse(other)
+
+
+@pytest.mark.parametrize(
     ("value", "sizes"),
     [
         *((32, {"all": 32}), ("32", {"all": 32}), ("global=32,sliding=16", {"global": 32, "sliding": 16})),

@@ -139,10 +139,14 @@ def test_a_flag_beats_the_file(model: Path, monkeypatch: pytest.MonkeyPatch, tmp
 
     monkeypatch.setattr(EngineConfig, "__post_init__", spy)
     file = tmp_path / "options.toml"
-    file.write_text(f'model = "{model}"\nmax_num_seqs = 3\nmax_model_len = 50\nport = 0\n', encoding="utf-8")
+    lines = (f'model = "{model}"', "max_num_seqs = 3", "max_model_len = 50", "port = 0", "enable_prefix_caching = true")
+    file.write_text("\n".join(lines), encoding="utf-8")
     arguments = ["generate", "--config", str(file), "--prompt", "a", "--max-tokens", "1", "--json"]
     assert main([*arguments, "--max-model-len", "60"]) == 0
     assert (seen[-1].max_num_seqs, seen[-1].max_model_len, seen[-1].model) == (3, 60, model)
+    assert seen[-1].enable_prefix_caching
+    assert main([*arguments, "--no-enable-prefix-caching", "--max-prefix-wait-seconds", "0"]) == 0
+    assert (seen[-1].enable_prefix_caching, seen[-1].max_prefix_wait_seconds) == (False, 0.0)
 
 
 @pytest.mark.parametrize(
