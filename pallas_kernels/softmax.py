@@ -1,0 +1,84 @@
+"""The softmax over one tile of keys, and what joins several tiles.
+
+The online form is that of Milakov & Gimelshein (arXiv 1805.02867): a running maximum, denominator and weighted sum.
+
+Owns: scores to weights, in float32. Must never: know where keys come from.
+
+Axis letters: R rows of scores (query heads), T keys of a tile.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.pages import AttentionShape
+
+MASKED = -1e30
+"""Score of a key that is not seen; finite, so that differences of two of them are not NaN."""
+
+
+class Weights(NamedTuple):
+    """Of one tile: weights f32[R, T]; their sum and the maximum they are relative to, f32[R, 1]."""
+
+    weights: jax.Array
+    total: jax.Array
+    maximum: jax.Array
+
+
+def product_precision(dtype: jnp.dtype) -> lax.Precision:
+    """Products of float32 are not rounded to bfloat16."""
+    return lax.Precision.HIGHEST if dtype == jnp.float32 else lax.Precision.DEFAULT
+
+
+def scores(queries: jax.Array, keys: jax.Array) -> jax.Array:
+    """Products of queries [R, D] with keys [T, D], f32[R, T]."""
+    return lax.dot_general(
+        queries,
+        keys,
+        (((1,), (1,)), ((), ())),
+        precision=product_precision(keys.dtype),
+        preferred_element_type=jnp.float32,
+    )
+
+
+def weighted_sum(weights: jax.Array, values: jax.Array) -> jax.Array:
+    """Weights f32[R, T], rounded to the values' dtype, times values [T, D]: f32[R, D]."""
+    return lax.dot_general(
+        weights.astype(values.dtype),
+        values,
+        (((1,), (0,)), ((), ())),
+        precision=product_precision(values.dtype),
+        preferred_element_type=jnp.float32,
+    )
+
+
+def scaled(shape: AttentionShape, products: jax.Array) -> jax.Array:
+    """Scores: scaled, and capped where the shape says so."""
+    scaled_products = products * shape.scale
+    if shape.soft_cap is None:
+        return scaled_products
+    return shape.soft_cap * jnp.tanh(scaled_products * (1.0 / shape.soft_cap))
+
+
+def weigh(scaled_scores: jax.Array, live: jax.Array | None, sinks: jax.Array | None) -> Weights:
+    """The softmax of a tile that holds all keys of its rows.
+
+    Args:
+        scaled_scores: f32[R, T].
+        live: bool[1, T] or [R, T], which keys are seen; ``None``: all of them.
+        sinks: f32[R, 1], a score of each row whose value is zero; ``None``: without.
+    """
+    if live is not None:
+        scaled_scores = jnp.where(live, scaled_scores, MASKED)
+    maximum = jnp.max(scaled_scores, axis=1, keepdims=True)
+    if sinks is not None:
+        maximum = jnp.maximum(maximum, sinks)
+    weights = jnp.exp(scaled_scores - maximum)
+    total = jnp.sum(weights, axis=1, keepdims=True)
+    if sinks is not None:
+        total += jnp.exp(sinks - maximum)
+    return Weights(weights, total, maximum)

@@ -1,0 +1,1 @@
+"""Sliding-window attention over short tables of pages."""

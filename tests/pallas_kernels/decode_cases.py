@@ -1,0 +1,100 @@
+"""A pool, tables and rows for decode kernels, with NaN in every row of the pool that no key of a row lies in.
+
+Kept beside the tests: imported by them through ``conftest``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.decode_inputs import DecodeInputs
+from pallas_kernels.pages import LANES, NO_SLOT, AttentionShape, as_pages, token_planes
+from pallas_kernels.rows import DecodeRows, global_rows, windowed_rows
+
+NUM_LAYERS = 2
+LAYER = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeCase:
+    """One call: rows at ``positions`` (−1: a row that does nothing), those in ``without_slot`` write nothing."""
+
+    shape: AttentionShape
+    positions: tuple[int, ...]
+    dtype: str = "float32"
+    query_dtype: str = "float32"
+    without_slot: tuple[int, ...] = ()
+    sinks: bool = False
+    seed: int = 0
+
+    def inputs(self) -> DecodeInputs:
+        rng = np.random.default_rng(self.seed)
+        pages, num_rows = self.shape.pages, len(self.positions)
+        positions = np.array(self.positions, np.int32)
+        ring = self.shape.window is not None
+        width = self.shape.table_width if ring else max(int(positions.max(initial=0)) // pages.block_size + 2, 2)
+        # Lanes are not rows, and pages lie in no order; the pool has blocks that nobody holds.
+        num_lanes = num_rows + 1
+        lanes = rng.permutation(num_lanes)[:num_rows].astype(np.int32)
+        num_blocks = num_lanes * (width + 1) + 3
+        block_order = rng.permutation(num_blocks)
+        tables = (block_order[: num_lanes * width].reshape(num_lanes, width) * NUM_LAYERS).astype(np.int32)
+        spare = block_order[num_lanes * width :] * NUM_LAYERS
+        pool = np.full((num_blocks * NUM_LAYERS, pages.num_planes, pages.block_size, LANES), np.nan, np.float32)
+        slots = np.full(num_rows, NO_SLOT, np.int32)
+        for row, position in enumerate(positions):
+            if position >= 0:
+                slots[row] = self._fill(rng, pool, tables[lanes[row]], (row, int(position)), int(spare[row]))
+        live = jnp.asarray(positions >= 0)
+        safe = jnp.asarray(np.maximum(positions, 0))
+        arrays = jnp.asarray(tables), jnp.asarray(lanes), safe, jnp.asarray(slots), live
+        rows: DecodeRows = windowed_rows(self.shape, *arrays) if ring else global_rows(*arrays)
+        kv_heads, dtype = pages.num_kv_heads, jnp.dtype(self.dtype)
+        normal = lambda *s: jnp.asarray(rng.standard_normal(s), jnp.float32)  # noqa: E731
+        return DecodeInputs(
+            normal(num_rows, self.shape.num_heads, pages.key_dim).astype(self.query_dtype),
+            normal(num_rows, kv_heads, pages.key_dim).astype(dtype),
+            normal(num_rows, kv_heads, pages.value_dim).astype(dtype),
+            jnp.asarray(pool).astype(dtype).reshape(1, -1, LANES),
+            jnp.asarray(LAYER, jnp.int32),
+            rows,
+            normal(self.shape.num_heads) if self.sinks else None,
+        )
+
+    def _fill(
+        self, rng: np.random.Generator, pool: np.ndarray, table: np.ndarray, who: tuple[int, int], spare: int
+    ) -> int:
+        """Puts keys where the row has some, and returns its slot."""
+        row, position = who
+        pages, width = self.shape.pages, len(table)
+        block = pages.block_size
+        first = 0 if self.shape.window is None else max(position - self.shape.window + 1, 0)
+        writes = row not in self.without_slot
+        # A global row without a slot reads what the pool has at its own position.
+        end = position + (self.shape.window is None and not writes)
+        for p in range(first, end):
+            page = table[p // block % width] + LAYER
+            keys = rng.standard_normal((1, pages.num_kv_heads, pages.key_dim)).astype(np.float32)
+            values = rng.standard_normal((1, pages.num_kv_heads, pages.value_dim)).astype(np.float32)
+            pool[page, :, p % block] = np.asarray(token_planes(jnp.asarray(keys), jnp.asarray(values), pages))[0]
+        if not writes:
+            return NO_SLOT
+        column = position // block % width
+        if self.shape.window is not None and position % block == 0:
+            # The ring learns of a new block after the step.
+            return int(spare * block)
+        return int(table[column] * block + position % block)
+
+
+def unwritten_rows(case: DecodeCase, inputs: DecodeInputs) -> jax.Array:
+    """The pool with the call's slots set to 0, for comparing everything else."""
+    view = as_pages(inputs.arena, case.shape.pages)
+    for slot in np.asarray(inputs.rows.slots):
+        if slot != NO_SLOT:
+            page, offset = divmod(int(slot), case.shape.pages.block_size)
+            view = view.at[page + LAYER, :, offset].set(0)
+    return view
