@@ -147,7 +147,9 @@ def _attend(spec: AttentionSpec, arena: jax.Array, inputs: AttentionInputs) -> j
 
 def _decode_inputs(context: int, tables: jax.Array) -> AttentionInputs:
     index = jnp.arange(9, dtype=jnp.int32)
-    rows = StepRows(index[:8], jnp.full(8, context, jnp.int32), index, jnp.int32(8), jnp.int32(8))
+    rows = StepRows(
+        index[:8], jnp.full(8, context, jnp.int32), jnp.zeros(8, jnp.int32), index, jnp.int32(8), jnp.int32(8)
+    )
     keys = _bf16(8, 1, HEAD_DIM)
     return AttentionInputs(_bf16(8, HEADS, HEAD_DIM), keys, keys, jnp.zeros(()), jnp.int32(0), tables, rows, None)
 

@@ -116,6 +116,7 @@ def _fill_rows(
     starts[num_decodes + 1 : num_rows + 1] = num_decodes + np.cumsum(lengths, dtype=np.int32)
     starts[num_rows + 1 :] = plan.num_tokens
     fields.start_positions[:num_rows] = row_ends - np.diff(starts[: num_rows + 1])
+    fields.context_starts[:num_rows] = lanes.context_starts[row_lanes]
     fields.prompt_lens[:num_rows] = lanes.prompt_lens[row_lanes]
     fields.lanes[:num_rows] = row_lanes
     fields.lanes[num_rows:] = lanes.num_lanes

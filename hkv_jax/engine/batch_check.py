@@ -17,6 +17,7 @@ def check(batch: StepBatch, layout: KVLayout, num_lanes: int) -> None:
     """Asserts that ``batch`` is one the device may run, for a cache of ``layout`` and ``num_lanes`` lanes."""
     fields = batch.fields
     _check_rows(batch, num_lanes)
+    _check_contexts(fields, layout)
     _check_tokens(batch)
     _check_slots(fields, layout)
     _check_table_updates(fields, layout, num_lanes)
@@ -39,6 +40,15 @@ def _check_rows(batch: StepBatch, num_lanes: int) -> None:
     assert len(np.unique(lanes)) == num_rows, "a lane with two rows"
     assert np.all(fields.lanes[num_rows:] == num_lanes), "padding rows name the lane past the last"
     assert np.all(fields.num_logprobs[num_rows:] == 0), "padding rows want no logprobs"
+
+
+def _check_contexts(fields: StepFields, layout: KVLayout) -> None:
+    num_rows = int(fields.num_rows[0])
+    contexts = fields.context_starts
+    assert np.all((contexts >= 0) & (contexts <= fields.start_positions)), "a row begins before its context"
+    assert np.all(contexts[num_rows:] == 0), "padding rows have no context start"
+    # Block sizes are powers of two, so the largest is a multiple of all.
+    assert np.all(contexts % layout.largest_block_size == 0), "a context starts within a block"
 
 
 def _check_tokens(batch: StepBatch) -> None:

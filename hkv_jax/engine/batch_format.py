@@ -32,14 +32,16 @@ class StepFields(NamedTuple):
 
     tokens [T]: ids, or NO_TOKEN for a decode row. positions [T]: absolute. targets [T]: the prompt token that
     follows, for prompt logprobs, else NO_TOKEN (shape [0] in decode buckets). query_starts [S+1]: cumulative query
-    lengths, padded with the last. start_positions [S]: position of a row's first query. prompt_lens [S]: tokens below
-    it count as prompt in penalties. lanes [S]: persistent lane of the row; padding rows name the lane one past the
-    last. num_rows, num_decode_rows [1]: live rows; how many of them, first, have exactly one query. sample_tokens
-    [S]: index into T of the token whose logits are drawn from, or NO_TOKEN. slots G x [T]: token slot of layer 0
-    (page * P + offset), or NO_SLOT. table_updates G x [U, 3]: (lane, column, page), padded with the lane one past the
-    last. seeds [S, 2]: high and low word of the seed. samples, output_positions [S]: what the draw is a function of.
-    suppress_stops [S]: 1 while fewer than min_tokens were drawn. num_logprobs, num_prompt_logprobs [S]: k + 1, or 0
-    for none asked. The rest [S] as in SamplingParams (top_k 0: all).
+    lengths, padded with the last. start_positions [S]: position of a row's first query. context_starts [S]: sliding
+    layers have no K/V below it, whatever the table says; at most start_positions, and a multiple of every block
+    size. prompt_lens [S]: tokens below it count as prompt in penalties. lanes [S]: persistent lane of the row;
+    padding rows name the lane one past the last. num_rows, num_decode_rows [1]: live rows; how many of them, first,
+    have exactly one query. sample_tokens [S]: index into T of the token whose logits are drawn from, or NO_TOKEN.
+    slots G x [T]: token slot of layer 0 (page * P + offset), or NO_SLOT. table_updates G x [U, 3]: (lane, column,
+    page), padded with the lane one past the last. seeds [S, 2]: high and low word of the seed. samples,
+    output_positions [S]: what the draw is a function of. suppress_stops [S]: 1 while fewer than min_tokens were
+    drawn. num_logprobs, num_prompt_logprobs [S]: k + 1, or 0 for none asked. The rest [S] as in SamplingParams
+    (top_k 0: all).
     """
 
     tokens: Any
@@ -47,6 +49,7 @@ class StepFields(NamedTuple):
     targets: Any
     query_starts: Any
     start_positions: Any
+    context_starts: Any
     prompt_lens: Any
     lanes: Any
     num_rows: Any
@@ -74,7 +77,7 @@ class BatchFormat:
     """Where each field of a bucket lies in the two packed buffers.
 
     ``block_sizes`` are those of the groups, in tokens: a step needs at most ``T // P + 2 * S`` table updates of a
-    group.
+    group, since the blocks of a cached prefix come as whole rows (``StepPlan.table_rows``).
     """
 
     bucket: Bucket
@@ -88,7 +91,7 @@ class BatchFormat:
         """Shapes of the i32 fields in buffer order, those of groups one after the other."""
         tokens, rows, prefill = self.bucket
         groups = range(len(self.block_sizes))
-        row_fields = ((rows + 1,), (rows,), (rows,), (rows,), (1,), (1,), (rows,))
+        row_fields = ((rows + 1,), *[(rows,)] * 4, (1,), (1,), (rows,))
         sampling = ((rows, 2), *[(rows,)] * 6)
         return (
             *((tokens,), (tokens,), (tokens if prefill else 0,)),
@@ -117,8 +120,9 @@ class BatchFormat:
             fields.append(ints[offset : offset + size].reshape(shape))
             offset += size
         groups = len(self.block_sizes)
-        head, slots = fields[:10], tuple(fields[10 : 10 + groups])
-        updates, sampling = tuple(fields[10 + groups : 10 + 2 * groups]), fields[10 + 2 * groups :]
+        first = StepFields._fields.index("slots")
+        head, slots = fields[:first], tuple(fields[first : first + groups])
+        updates, sampling = tuple(fields[first + groups : first + 2 * groups]), fields[first + 2 * groups :]
         rows = self.bucket.num_rows
         columns = [floats[i * rows : (i + 1) * rows] for i in range(6)]
         return StepFields(*head, slots, updates, *sampling, *columns)  # type: ignore[call-arg]  # counted by the shapes

@@ -48,7 +48,12 @@ class StepProgram:
         """Runs one step; ints i32[num_ints] and floats f32[num_floats] are as ``engine.batch`` filled them."""
         fields = self.format.unpack(ints, floats)
         rows = StepRows(
-            fields.lanes, fields.start_positions, fields.query_starts, fields.num_rows[0], fields.num_decode_rows[0]
+            fields.lanes,
+            fields.start_positions,
+            fields.context_starts,
+            fields.query_starts,
+            fields.num_rows[0],
+            fields.num_decode_rows[0],
         )
         row_of_token, live_token = _rows_of_tokens(fields)
         tokens = _input_tokens(fields, state.last_tokens, row_of_token)

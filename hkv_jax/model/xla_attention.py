@@ -47,11 +47,13 @@ class AttentionSpec:
 class StepRows(NamedTuple):
     """Rows of a step as attention needs them, all i32.
 
-    lanes [S]; start_positions [S]: position of the first query; query_starts [S + 1]; num_rows, num_decode_rows [].
+    lanes [S]; start_positions [S]: position of the first query; context_starts [S]: sliding layers neither see nor read
+    what is below it, a multiple of every block size; query_starts [S + 1]; num_rows, num_decode_rows [].
     """
 
     lanes: Any
     start_positions: Any
+    context_starts: Any
     query_starts: Any
     num_rows: Any
     num_decode_rows: Any
@@ -96,8 +98,8 @@ def paged_attention(spec: AttentionSpec, inputs: AttentionInputs, has_prefill: b
     """Attention of every live query of a step over the keys it may see.
 
     Global layers read everything, the step's own tokens included, through the table (they were written before).
-    Sliding layers read through the table only positions below the row's first query, and the step's own keys from
-    ``inputs.keys``.
+    Sliding layers read through the table only positions from the row's context start to its first query, and the step's
+    own keys from ``inputs.keys``.
 
     Args:
         spec: static description.
@@ -124,7 +126,7 @@ def _decode_row(spec: AttentionSpec, inputs: AttentionInputs, row: jax.Array, ou
     first_key = jnp.int32(0)
     end_key = position + 1
     if spec.window is not None:
-        first_key, end_key = jnp.maximum(position - spec.window + 1, 0), position
+        first_key, end_key = jnp.maximum(position - spec.window + 1, rows.context_starts[row]), position
         own_keys = lax.dynamic_slice_in_dim(inputs.keys, row, 1)
         own_values = lax.dynamic_slice_in_dim(inputs.values, row, 1)
         state = _accumulate(spec, state, queries.values, (own_keys, own_values), jnp.ones((1, 1), bool))
@@ -165,7 +167,8 @@ def _prefill_rows(spec: AttentionSpec, inputs: AttentionInputs, tile: int, outpu
         tile_end = jnp.minimum(position + tile, row_end)
         first_key, pool_end = jnp.int32(0), tile_end
         if spec.window is not None:
-            first_key, pool_end = jnp.maximum(position - spec.window + 1, 0), rows.start_positions[row]
+            first_key = jnp.maximum(position - spec.window + 1, rows.context_starts[row])
+            pool_end = rows.start_positions[row]
             own_tile = min(KEY_TILE_TOKENS, inputs.keys.shape[0])
             state = _accumulate_own(spec, padded, queries, (first_key, tile_end, own_tile), state)
         tile_blocks = max(1, min(KEY_TILE_TOKENS // spec.format.block_size, spec.table_width))

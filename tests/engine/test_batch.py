@@ -149,6 +149,36 @@ def test_buffers_are_not_shared_between_steps() -> None:
     assert np.array_equal(first.ints, kept)
 
 
+def test_a_row_knows_where_its_sliding_context_starts(mixed: tuple[Engine, StepBatch]) -> None:
+    engine, first = mixed
+    assert not first.fields.context_starts.any()
+    engine.scheduler.lanes.context_starts[3] = 16  # of the prompt that goes on, at 24
+    fields = next_batch(engine).fields
+    row = fields.lanes.tolist().index(3)
+    assert fields.start_positions[row] == 24
+    assert np.flatnonzero(fields.context_starts).tolist() == [row]
+    assert fields.context_starts[row] == 16
+
+
+def test_a_context_start_is_a_whole_number_of_blocks(mixed: tuple[Engine, StepBatch]) -> None:
+    engine, _ = mixed
+    for start, rule in ((4, "within a block"), (8, None)):
+        engine.scheduler.lanes.context_starts[3] = start
+        batch = next_batch(engine, commit_token=7)
+        if rule is None:
+            check(batch, engine.cache.layout, NUM_LANES)
+            continue
+        with pytest.raises(AssertionError, match=rule):
+            check(batch, engine.cache.layout, NUM_LANES)
+
+
+def test_padding_rows_have_no_context(mixed: tuple[Engine, StepBatch]) -> None:
+    engine, batch = mixed
+    batch.fields.start_positions[7] = batch.fields.context_starts[7] = 8
+    with pytest.raises(AssertionError, match="padding rows have no context"):
+        check(batch, engine.cache.layout, NUM_LANES)
+
+
 Breakage = Callable[[StepFields], None]
 
 
@@ -188,6 +218,9 @@ def repeat_update(fields: StepFields) -> None:
         (set_value("num_logprobs", 5, 1), "padding rows want"),
         (set_value("start_positions", 2, 1), "consecutive"),
         (set_value("positions", 9, 3), "consecutive"),
+        (set_value("context_starts", 3, 8), "before its context"),
+        (set_value("context_starts", 3, -8), "before its context"),
+        (set_value("context_starts", 7, -8), "before its context"),
         (set_value("tokens", 8, NO_TOKEN), "takes it from its lane"),
         (set_value("tokens", 8, -2), "negative"),
         (set_value("sample_tokens", 2, 5), "draws after its last token"),

@@ -53,7 +53,8 @@ def run(engine: UnbuiltEngine, parameters: ModelParameters) -> Run:
     def step(parameters: ModelParameters, arenas: tuple[ArenaArray, ...], start: jax.Array) -> Run:
         positions = start + jnp.arange(CHUNK, dtype=jnp.int32)
         ends = jnp.array([0, CHUNK], jnp.int32)
-        rows = StepRows(jnp.zeros(1, jnp.int32), start[None], ends, jnp.int32(1), jnp.int32(0))
+        zero = jnp.int32(0)
+        rows = StepRows(zero[None], start[None], zero[None], ends, jnp.int32(1), zero)
         steps = []
         for spec, table in zip(attention, tables, strict=True):
             block = spec.format.block_size
@@ -122,7 +123,7 @@ def test_places_count_a_group_s_layers_in_order() -> None:
 def test_a_token_without_a_slot_leaves_the_arena_as_it_is() -> None:
     engine = unbuilt(2)
     zero = jnp.int32(0)
-    rows = StepRows(zero[None], zero[None], jnp.zeros(2, jnp.int32), zero, zero)
+    rows = StepRows(zero[None], zero[None], zero[None], jnp.zeros(2, jnp.int32), zero, zero)
     steps = tuple(
         GroupStep(spec, jnp.zeros((1, BLOCKS), jnp.int32), jnp.full(1, NO_SLOT), rows)
         for spec in (dataclasses.replace(each, table_width=BLOCKS) for each in engine.attention)

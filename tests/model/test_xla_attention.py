@@ -87,7 +87,8 @@ class Case:
 class PagedRun:
     """Three sequences of random tokens, the host's bookkeeping for them written out plainly, and the device's part."""
 
-    def __init__(self, case: Case, believed_window: int | None) -> None:
+    def __init__(self, case: Case, believed_window: int | None, contexts: tuple[int, int, int] = (0, 0, 0)) -> None:
+        """``contexts``: where each sequence begins, with nothing of what precedes it in the pool."""
         rng = np.random.default_rng(case.block)
         self.case, self.spec = case, case.spec(believed_window)
         self.mesh = make_mesh(case.chips)
@@ -100,7 +101,8 @@ class PagedRun:
         self.sinks = rng.normal(size=case.heads).astype(np.float32) if case.sinks else None
         self.outputs: list[list[NDArray]] = [[], [], []]
         self.all_finite = True
-        self.computed = [0, 0, 0]
+        self.contexts = contexts
+        self.computed = list(contexts)
         self.blocks: list[dict[int, int]] = [{}, {}, {}]
         self.free = list(range(3 * (case.table_width + 8)))
         self.num_pages = len(self.free) * LAYERS
@@ -149,6 +151,7 @@ class PagedRun:
         rows = StepRows(
             self._padded([LANE_OF_SEQUENCE[s] for s, _ in step], LANES),
             self._padded([self.computed[s] for s, _ in step], 0),
+            self._padded([self.contexts[s] for s, _ in step], 0),
             np.pad(np.array(ends, np.int32), (0, ROWS - len(step)), mode="edge"),
             np.int32(len(step)),
             np.int32(sum(count == 1 for _, count in step)),
@@ -201,10 +204,11 @@ class PagedRun:
         sinks = None if self.sinks is None else self.sinks.astype(np.float64)
         reference = ReferenceAttention(window, SCALE, self.case.soft_cap, sinks)
         arrays = (self.queries, self.keys, self.values)
-        return reference(*(x[sequence, : self.computed[sequence]].astype(np.float64) for x in arrays))
+        run = slice(self.contexts[sequence], self.computed[sequence])
+        return reference(*(x[sequence, run].astype(np.float64) for x in arrays))
 
-    def check(self, tolerance: float) -> None:
-        for sequence, outputs in enumerate(self.run(STEPS)):
+    def check(self, tolerance: float, steps: Sequence[Sequence[tuple[int, int]]] = STEPS) -> None:
+        for sequence, outputs in enumerate(self.run(steps)):
             assert self.computed[sequence] > 50
             np.testing.assert_allclose(
                 outputs.astype(np.float64), self.expected(sequence, self.case.window), atol=tolerance, rtol=0
@@ -262,6 +266,39 @@ def test_bfloat16_differs_by_its_rounding_only(case: Case) -> None:
     PagedRun(case, case.window).check(2e-2)
 
 
+# Every sequence begins in the middle; what its table names below that is NaN.
+FROM_THE_MIDDLE = (
+    ((0, 1),),
+    ((1, 1), (0, 2), (2, 5)),
+    ((2, 1), (0, 1), (1, 1)),
+    ((1, 1), (2, 14)),
+    ((0, 1), (2, 7)),
+    ((1, 10), (0, 20)),
+    ((2, 1), (1, 1), (0, 14)),
+    *[((2, 1), (1, 1))] * 8,
+)
+
+
+@pytest.mark.usefixtures("_small_tiles")
+@pytest.mark.parametrize(
+    "case",
+    [Case(5, 4), Case(16, 8), Case(17, 8, sinks=True, layout=PageLayout.PLANES), Case(48, 8, chips=2)],
+    ids=name,
+)
+def test_nothing_below_the_context_is_seen_or_read(case: Case) -> None:
+    PagedRun(case, case.window, contexts=(16, 32, 24)).check(1e-5, FROM_THE_MIDDLE)
+
+
+@pytest.mark.usefixtures("_small_tiles")
+def test_a_forgotten_context_is_seen() -> None:
+    run = PagedRun(Case(16, 8), 16, contexts=(16, 32, 24))
+    expected_contexts, run.contexts = run.contexts, (0, 0, 0)
+    outputs = run.run(FROM_THE_MIDDLE)
+    run.contexts = expected_contexts
+    for sequence in range(3):
+        assert not np.isfinite(outputs[sequence][:9]).any()
+
+
 @pytest.mark.usefixtures("_small_tiles")
 @pytest.mark.parametrize("error", [-1, 1])
 def test_a_window_off_by_one_is_seen(error: int) -> None:
@@ -310,6 +347,7 @@ def local_inputs(spec: AttentionSpec, rows: Sequence[tuple[int, int]]) -> Attent
     step_rows = StepRows(
         jnp.arange(ROWS),
         jnp.asarray(np.pad(starts, (0, ROWS - count)), jnp.int32),
+        jnp.zeros(ROWS, jnp.int32),
         jnp.asarray(np.pad(ends, (0, ROWS - count), mode="edge"), jnp.int32),
         jnp.int32(count),
         jnp.int32(np.sum(lengths == 1)),
