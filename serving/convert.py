@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from hkv_jax.outputs import Completion, FinishReason, RequestOutput, StreamDelta, TokenLogprob, Usage
+from hkv_jax.outputs import Completion, FinishReason, PrefixHit, RequestOutput, StreamDelta, TokenLogprob, Usage
 from hkv_jax.sampling_params import SamplingParams
 from serving.info import PoolInfo, ServerInfo
 from serving.proto import hkv_inference_pb2 as pb
@@ -21,6 +21,13 @@ _REASON_TO_WIRE = {
     FinishReason.ABORT: pb.FINISH_REASON_ABORT,
 }
 _REASON_FROM_WIRE = {wire: reason for reason, wire in _REASON_TO_WIRE.items()}
+_HIT_TO_WIRE = {
+    PrefixHit.MISS: pb.PREFIX_HIT_MISS,
+    PrefixHit.RESIDENT: pb.PREFIX_HIT_RESIDENT,
+    PrefixHit.TRUNCATE: pb.PREFIX_HIT_TRUNCATE,
+    PrefixHit.REBUILD: pb.PREFIX_HIT_REBUILD,
+}
+_HIT_FROM_WIRE = {wire: hit for hit, wire in _HIT_TO_WIRE.items()}
 
 
 def sampling_from_wire(message: pb.SamplingParams) -> SamplingParams:
@@ -127,17 +134,25 @@ def logprobs_from_wire(messages: Iterable[pb.TokenLogprobs]) -> tuple[TokenLogpr
 
 
 def usage_to_wire(usage: Usage) -> pb.Usage:
-    """Token counts; how a cached prefix was used is not known yet, and stays unset."""
+    """Token counts, and how a cached prefix served."""
     return pb.Usage(
         prompt_tokens=usage.prompt_tokens,
         completion_tokens=usage.completion_tokens,
         cached_tokens=usage.cached_tokens,
+        prefix_hit=_HIT_TO_WIRE[usage.prefix_hit],
+        rebuilt_tokens=usage.rebuilt_tokens,
     )
 
 
 def usage_from_wire(message: pb.Usage) -> Usage:
-    """The inverse."""
-    return Usage(message.prompt_tokens, message.completion_tokens, message.cached_tokens)
+    """The inverse; a server that does not say how a prefix served, had none."""
+    return Usage(
+        message.prompt_tokens,
+        message.completion_tokens,
+        message.cached_tokens,
+        _HIT_FROM_WIRE.get(message.prefix_hit, PrefixHit.MISS),
+        message.rebuilt_tokens,
+    )
 
 
 def info_to_wire(info: ServerInfo) -> pb.GetServerInfoResponse:

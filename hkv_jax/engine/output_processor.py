@@ -20,6 +20,7 @@ from hkv_jax.engine.request import Request
 from hkv_jax.engine.sample_text import SampleText
 from hkv_jax.engine.token_event import TokenEvent
 from hkv_jax.errors import InternalError
+from hkv_jax.kvcache.prefix_match import PrefixUse
 from hkv_jax.outputs import Completion, TokenLogprob, Usage
 from hkv_jax.tokenizer import StopStrings, Tokenizer
 
@@ -37,6 +38,20 @@ class LivingRequest:
     samples: tuple[SampleText, ...]
     num_open_samples: int
     num_output_tokens: int = 0
+    prefix: PrefixUse | None = None
+
+    @property
+    def usage(self) -> Usage:
+        """Token counts as of now; the cached prefix is what sample 0 found at first, whose prompt the others share."""
+        tokens = Usage(self.request.prompt_len, self.num_output_tokens)
+        if self.prefix is None:  # it ended before its first token
+            return tokens
+        return dataclasses.replace(
+            tokens,
+            cached_tokens=self.prefix.start,
+            prefix_hit=self.prefix.hit,
+            rebuilt_tokens=self.prefix.rebuilt_tokens,
+        )
 
     @classmethod
     def create(cls, request: Request, tokenizer: Tokenizer) -> LivingRequest:
@@ -134,6 +149,8 @@ class OutputProcessor:
         if not living.num_output_tokens:
             self._listener.began(living)
         living.num_output_tokens += 1
+        if sample == 0:
+            living.prefix = event.sequence.first_prefix
         if piece.finish_reason is not None and event.finish_reason is None:
             self._listener.stopped(living, sample)
         self._put(living, piece, event.prompt_logprobs)
@@ -143,7 +160,7 @@ class OutputProcessor:
         if piece.finish_reason is not None:
             living.num_open_samples -= 1
             if not living.num_open_samples:
-                usage = Usage(living.request.prompt_len, living.num_output_tokens)
+                usage = living.usage
                 self._end(living)
         living.outbox.put(piece, prompt_logprobs, usage)
 

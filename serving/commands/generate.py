@@ -6,6 +6,7 @@ Owns: the form of its output. On stdout there is nothing but completions.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -81,7 +82,6 @@ def json_lines(outputs: list[RequestOutput]) -> list[str]:
 
 
 def _as_json(index: int, output: RequestOutput, completion: Completion) -> dict[str, Any]:
-    usage = output.usage
     shown: dict[str, Any] = {
         "index": index,
         "sample": completion.sample,
@@ -90,11 +90,7 @@ def _as_json(index: int, output: RequestOutput, completion: Completion) -> dict[
         "logprobs": _logprobs(completion.logprobs),
         "finish_reason": completion.finish_reason,
         "stop_reason": completion.stop_reason,
-        "usage": {
-            "prompt_tokens": usage.prompt_tokens,
-            "completion_tokens": usage.completion_tokens,
-            "cached_tokens": usage.cached_tokens,
-        },
+        "usage": dataclasses.asdict(output.usage),
     }
     if output.prompt_logprobs is not None:
         shown["prompt_logprobs"] = _logprobs(output.prompt_logprobs)

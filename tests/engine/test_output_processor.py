@@ -15,7 +15,8 @@ from hkv_jax.engine.output_processor import LivingRequest, OutputListener, Outpu
 from hkv_jax.engine.request import Request, Sequence
 from hkv_jax.engine.token_event import TokenEvent
 from hkv_jax.errors import EngineStoppedError, InternalError
-from hkv_jax.outputs import FinishReason, Usage
+from hkv_jax.kvcache.prefix_match import PrefixUse
+from hkv_jax.outputs import FinishReason, PrefixHit, Usage
 from hkv_jax.sampling_params import SamplingParams
 from hkv_jax.testing.tiny_tokenizer import byte_level_tokenizer, write_tokenizer
 from hkv_jax.tokenizer import Tokenizer
@@ -86,6 +87,24 @@ def test_a_request_ends_with_its_last_sample(output: Output) -> None:
     assert result.usage.completion_tokens == 3
     output.close()
     assert output.told == [("began", "r", 0), ("stopped", "r", 1), ("stopped", "r", 0), ("ended", "r", 0)]
+
+
+def test_usage_tells_how_the_prompt_of_sample_0_was_first_served(output: Output) -> None:
+    _, stream, sequences = output.add("r", n=2, stop="cat")
+    for start, sequence in enumerate(sequences):
+        sequence.first_prefix = PrefixUse(start=start + 1, matched=3, hit=PrefixHit.REBUILD, context_start=start + 1)
+        sequence.prefix = PrefixUse(start=0, matched=0, hit=PrefixHit.MISS, context_start=0)
+    output.take(" cat", sequences[1])
+    output.take(" cat", sequences[0])
+    usage = stream.result().usage
+    assert (usage.cached_tokens, usage.prefix_hit, usage.rebuilt_tokens) == (1, PrefixHit.REBUILD, 2)
+
+
+def test_a_request_that_ends_before_its_first_token_has_used_no_prefix(output: Output) -> None:
+    living, stream, _ = output.add("r")
+    output.processor.abort(living)
+    result = stream.result()
+    assert result.usage == Usage(len(result.prompt_token_ids), 0, 0, PrefixHit.MISS, 0)
 
 
 def test_tokens_of_an_ended_request_do_not_reach_a_new_one_with_its_id(output: Output) -> None:

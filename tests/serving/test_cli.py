@@ -15,7 +15,7 @@ import hkv_jax.llm
 from hkv_jax.config import EngineConfig
 from hkv_jax.errors import CheckpointError, EngineStoppedError
 from hkv_jax.llm import Prompt
-from hkv_jax.outputs import Completion, FinishReason, RequestOutput, TokenLogprob, Usage
+from hkv_jax.outputs import Completion, FinishReason, PrefixHit, RequestOutput, TokenLogprob, Usage
 from hkv_jax.sampling_params import SamplingParams
 from serving.cli import main
 from serving.commands.generate import json_lines
@@ -34,22 +34,25 @@ def test_the_json_of_a_completion() -> None:
     plain = Completion(1, "x", (4,), None, FinishReason.LENGTH)
     outputs = [
         RequestOutput("a", (1, 2), (france, plain), Usage(9, 3)),
-        RequestOutput("b", (1,), (plain,), Usage(1, 1, 1), (TokenLogprob(1, None),)),
+        RequestOutput("b", (1,), (plain,), Usage(1, 1, 1, PrefixHit.REBUILD, 2), (TokenLogprob(1, None),)),
     ]
     assert json_lines(outputs) == [
         (
             '{"index": 0, "sample": 0, "text": " Paris é", "token_ids": [3681, 2], "logprobs": '
             '[{"token_id": 3681, "logprob": -0.25, "top": [{"token_id": 3681, "logprob": -0.25}]}, '
             '{"token_id": 2, "logprob": -1.5, "top": []}], "finish_reason": "stop", "stop_reason": 2, '
-            '"usage": {"prompt_tokens": 9, "completion_tokens": 3, "cached_tokens": 0}}'
+            '"usage": {"prompt_tokens": 9, "completion_tokens": 3, "cached_tokens": 0, '
+            '"prefix_hit": "miss", "rebuilt_tokens": 0}}'
         ),
         (
             '{"index": 0, "sample": 1, "text": "x", "token_ids": [4], "logprobs": null, "finish_reason": "length", '
-            '"stop_reason": null, "usage": {"prompt_tokens": 9, "completion_tokens": 3, "cached_tokens": 0}}'
+            '"stop_reason": null, "usage": {"prompt_tokens": 9, "completion_tokens": 3, "cached_tokens": 0, '
+            '"prefix_hit": "miss", "rebuilt_tokens": 0}}'
         ),
         (
             '{"index": 1, "sample": 1, "text": "x", "token_ids": [4], "logprobs": null, "finish_reason": "length", '
-            '"stop_reason": null, "usage": {"prompt_tokens": 1, "completion_tokens": 1, "cached_tokens": 1}, '
+            '"stop_reason": null, "usage": {"prompt_tokens": 1, "completion_tokens": 1, "cached_tokens": 1, '
+            '"prefix_hit": "rebuild", "rebuilt_tokens": 2}, '
             '"prompt_logprobs": [{"token_id": 1, "logprob": null, "top": []}]}'
         ),
     ]

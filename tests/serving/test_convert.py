@@ -8,7 +8,7 @@ import grpc
 import pytest
 
 from hkv_jax.errors import EngineStoppedError, HkvError, InternalError, OverloadedError, RequestError
-from hkv_jax.outputs import Completion, FinishReason, RequestOutput, StreamDelta, TokenLogprob, Usage
+from hkv_jax.outputs import Completion, FinishReason, PrefixHit, RequestOutput, StreamDelta, TokenLogprob, Usage
 from hkv_jax.sampling_params import SamplingParams
 from serving import convert
 from serving.info import PoolInfo, ServerInfo, all_global_peak_bytes
@@ -20,7 +20,7 @@ DELTAS = [
     StreamDelta("a", Completion(0, "", (1,))),
     StreamDelta("a", Completion(3, "é", (0, 9), LOGPROBS, FinishReason.STOP, 0)),
     StreamDelta("a", Completion(3, "x", (4,), None, FinishReason.STOP, "stop")),
-    StreamDelta("a", Completion(0, "", (4,), None, FinishReason.LENGTH), LOGPROBS, Usage(7, 3, 2)),
+    StreamDelta("a", Completion(0, "", (4,), None, FinishReason.LENGTH), LOGPROBS, Usage(7, 3, 2, PrefixHit.RESIDENT)),
     StreamDelta("a", Completion(0, "", (), None, FinishReason.ABORT), None, Usage(7, 0)),
 ]
 
@@ -32,12 +32,25 @@ def test_deltas(delta: StreamDelta) -> None:
 
 
 def test_whole_outputs() -> None:
-    output = RequestOutput("a", (1, 2), tuple(delta.completion for delta in DELTAS), Usage(7, 3, 2), LOGPROBS)
+    output = RequestOutput(
+        "a", (1, 2), tuple(delta.completion for delta in DELTAS), Usage(7, 3, 2, PrefixHit.REBUILD, 1), LOGPROBS
+    )
     message = convert.output_to_wire(output)
     assert tuple(map(convert.completion_from_wire, message.outputs)) == output.outputs
     assert convert.logprobs_from_wire(message.prompt_logprobs) == LOGPROBS
     assert convert.usage_from_wire(message.usage) == output.usage
     assert message.request_id == "a"
+
+
+@pytest.mark.parametrize("hit", PrefixHit)
+def test_every_kind_of_prefix_hit(hit: PrefixHit) -> None:
+    message = convert.usage_to_wire(Usage(9, 3, 4, hit, 2))
+    assert pb.PrefixHit.Name(message.prefix_hit) == f"PREFIX_HIT_{hit.name}"
+    assert convert.usage_from_wire(message) == Usage(9, 3, 4, hit, 2)
+
+
+def test_an_older_server_says_nothing_of_prefixes() -> None:
+    assert convert.usage_from_wire(pb.Usage(prompt_tokens=9)) == Usage(9, 0, 0, PrefixHit.MISS, 0)
 
 
 ALL_SET = SamplingParams(
