@@ -153,14 +153,19 @@ class ModelSpec:
         A group is called ``global`` or ``sliding``; ``_w<W>`` and then ``_k<K>d<D>`` are appended only where a model
         has several groups that would otherwise share a name.
         """
-        by_key: dict[tuple[LayerKind, int, int, int], list[int]] = {}
-        for index, layer in enumerate(self.layers):
-            by_key.setdefault(layer.kv_key, []).append(index)
-        keys = sorted(by_key, key=lambda key: (key[0] is not LayerKind.GLOBAL, by_key[key][0]))
-        return tuple(
-            KVGroupSpec(name, key[0], key[1] or None, key[2], key[3], tuple(by_key[key]))
-            for key, name in zip(keys, _group_names(keys), strict=True)
-        )
+        return group_layers(self.layers)
+
+
+def group_layers(layers: Sequence[LayerSpec]) -> tuple[KVGroupSpec, ...]:
+    """The KV groups of ``layers``, as ``ModelSpec.kv_groups`` names and orders them."""
+    by_key: dict[tuple[LayerKind, int, int, int], list[int]] = {}
+    for index, layer in enumerate(layers):
+        by_key.setdefault(layer.kv_key, []).append(index)
+    keys = sorted(by_key, key=lambda key: (key[0] is not LayerKind.GLOBAL, by_key[key][0]))
+    return tuple(
+        KVGroupSpec(name, key[0], key[1] or None, key[2], key[3], tuple(by_key[key]))
+        for key, name in zip(keys, _group_names(keys), strict=True)
+    )
 
 
 def _group_names(keys: Sequence[tuple[LayerKind, int, int, int]]) -> list[str]:
