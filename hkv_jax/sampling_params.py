@@ -95,6 +95,11 @@ class SamplingParams:
         self._check_stops()
         self._check_biases()
 
+    @property
+    def has_penalties(self) -> bool:
+        """Whether a draw depends on which tokens came before, beyond what the model makes of them."""
+        return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+
     def replace(self, **changes: Any) -> SamplingParams:
         """A copy with some fields set to new values.
 

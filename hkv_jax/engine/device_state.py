@@ -1,7 +1,8 @@
 """Everything the device keeps from step to step: donated to every program, so that each has exactly one owner.
 
-Owns: the fields, their shapes and shardings, and the programs that set up a lane or let it take over another's state.
-Must never: be read by the host (sampled tokens are outputs of a step).
+Owns: the fields, their shapes and shardings, and the programs that change them between steps: blocks copied, table rows
+installed, a lane set up, told of the tokens that never ran in it, or made to take over another's state. Must never: be
+read by the host (sampled tokens are outputs of a step).
 """
 
 from __future__ import annotations
@@ -24,6 +25,12 @@ MAX_MASKED_STOPS = MAX_STOP_TOKEN_IDS + 32
 """Stop ids min_tokens can mask: the request's own and the model's."""
 
 FORKS_A_CALL = 8
+
+TABLE_ROWS_A_CALL = 4
+
+COPIES_A_CALL = 64
+
+PREFIX_TOKENS_A_CALL = 1024
 
 
 class DeviceState(NamedTuple):
@@ -63,6 +70,36 @@ class ForkCopies(NamedTuple):
     target_lanes: Any
     source_pages: Any
     target_pages: Any
+
+
+class BlockCopies(NamedTuple):
+    """Blocks copied inside each group, those of the first group first; i32[groups, COPIES_A_CALL] pages of layer 0.
+
+    Target NO_SLOT: nothing to copy.
+    """
+
+    source_pages: Any
+    target_pages: Any
+
+
+class TableRows(NamedTuple):
+    """Whole table rows of a few lanes: lanes i32[TABLE_ROWS_A_CALL] (past the last: none), rows i32[.., M] a group."""
+
+    lanes: Any
+    rows: tuple[Any, ...]
+
+
+class PrefixTokens(NamedTuple):
+    """Tokens that a lane's sequence has and that never run in the lane.
+
+    lane i32[]; empty bool[]: whether they are the first ones, so that what an earlier sequence left goes; prompt_tokens
+    and output_tokens i32[PREFIX_TOKENS_A_CALL], padded with ids past the vocabulary.
+    """
+
+    lane: Any
+    empty: Any
+    prompt_tokens: Any
+    output_tokens: Any
 
 
 def state_shapes(layout: KVLayout, mesh: Mesh, num_lanes: int, vocab_size: int, arena_dtype: jnp.dtype) -> DeviceState:
@@ -110,7 +147,47 @@ def fork_lanes(state: DeviceState, forks: ForkCopies, layout: KVLayout, mesh: Me
     def take_over(rows: jax.Array) -> jax.Array:
         return rows.at[forks.target_lanes].set(rows[forks.source_lanes], mode="drop")
 
-    arenas = list(state.arenas)
+    arenas = _copied(state.arenas, BlockCopies(forks.source_pages, forks.target_pages), layout, mesh)
+    # The copied block's entry changes here and not with the step's updates, which come too late for a sliding table.
+    tables = tuple(
+        table.at[forks.target_lanes].set(_row_after_copy(table[forks.source_lanes], sources, targets), mode="drop")
+        for table, sources, targets in zip(state.tables, forks.source_pages, forks.target_pages, strict=True)
+    )
+    lanes = {name: take_over(getattr(state, name)) for name in DeviceState._fields if name not in ("arenas", "tables")}
+    return DeviceState(arenas=arenas, tables=tables, **lanes)
+
+
+def _row_after_copy(rows: jax.Array, sources: jax.Array, targets: jax.Array) -> jax.Array:
+    copied = (rows == sources[:, None]) & (targets[:, None] != NO_SLOT)
+    return jnp.where(copied, targets[:, None], rows)
+
+
+def copy_state_blocks(state: DeviceState, copies: BlockCopies, layout: KVLayout, mesh: Mesh) -> DeviceState:
+    """Copies whole blocks; no table changes."""
+    return state._replace(arenas=_copied(state.arenas, copies, layout, mesh))
+
+
+def install_table_rows(state: DeviceState, installed: TableRows) -> DeviceState:
+    """Replaces the table rows of lanes in every group."""
+    tables = tuple(
+        table.at[installed.lanes].set(rows, mode="drop")
+        for table, rows in zip(state.tables, installed.rows, strict=True)
+    )
+    return state._replace(tables=tables)
+
+
+def count_prefix(state: DeviceState, prefix: PrefixTokens) -> DeviceState:
+    """Lets the penalties of a lane know tokens that are not run in it."""
+    counts = jnp.where(prefix.empty, 0, state.counts[prefix.lane])
+    in_prompt = jnp.where(prefix.empty, False, state.in_prompt[prefix.lane])
+    return state._replace(
+        counts=state.counts.at[prefix.lane].set(counts.at[prefix.output_tokens].add(1, mode="drop")),
+        in_prompt=state.in_prompt.at[prefix.lane].set(in_prompt.at[prefix.prompt_tokens].set(True, mode="drop")),
+    )
+
+
+def _copied(arenas: tuple[Any, ...], copies: BlockCopies, layout: KVLayout, mesh: Mesh) -> tuple[Any, ...]:
+    changed = list(arenas)
     for number, group in enumerate(layout.groups):
 
         def local(arena: ArenaArray, sources: jax.Array, targets: jax.Array, fmt=group.format) -> ArenaArray:  # type: ignore[no-untyped-def]
@@ -123,19 +200,14 @@ def fork_lanes(state: DeviceState, forks: ForkCopies, layout: KVLayout, mesh: Me
             out_specs=OVER_CHIPS,
             check_vma=False,
         )
-        arenas[group.arena] = mapped(arenas[group.arena], forks.source_pages[number], forks.target_pages[number])
-    # The copied block's entry changes here and not with the step's updates, which come too late for a sliding table.
-    tables = tuple(
-        table.at[forks.target_lanes].set(_row_after_copy(table[forks.source_lanes], sources, targets), mode="drop")
-        for table, sources, targets in zip(state.tables, forks.source_pages, forks.target_pages, strict=True)
-    )
-    lanes = {name: take_over(getattr(state, name)) for name in DeviceState._fields if name not in ("arenas", "tables")}
-    return DeviceState(arenas=tuple(arenas), tables=tables, **lanes)
+        changed[group.arena] = mapped(changed[group.arena], copies.source_pages[number], copies.target_pages[number])
+    return tuple(changed)
 
 
-def _row_after_copy(rows: jax.Array, sources: jax.Array, targets: jax.Array) -> jax.Array:
-    copied = (rows == sources[:, None]) & (targets[:, None] != NO_SLOT)
-    return jnp.where(copied, targets[:, None], rows)
+def no_copies(num_groups: int) -> BlockCopies:
+    """Entries that do nothing, as numpy arrays to be overwritten by live ones."""
+    shape = (num_groups, COPIES_A_CALL)
+    return BlockCopies(np.zeros(shape, np.int32), np.full(shape, NO_SLOT, np.int32))
 
 
 def no_forks(num_groups: int, num_lanes: int) -> ForkCopies:

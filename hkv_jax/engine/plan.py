@@ -81,8 +81,8 @@ class StepPlan:
     ``forks`` run before the step as well: a lane takes over another's state, partial blocks are copied; the sequence
     of the new lane is not among the admitted.
 
-    What changes before the step, in this order: ``copies``, all of them reading what was there before any; then
-    ``table_rows`` of admitted sequences that found cached blocks; then lanes are set up, then forks.
+    What changes before the step, in this order: ``copies``, one after the other; then ``table_rows`` of sequences whose
+    cached or moved blocks the device's tables do not name; then lanes are set up, then forks.
     """
 
     decode: DecodeRows

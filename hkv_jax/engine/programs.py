@@ -1,4 +1,4 @@
-"""The compiled programs of an engine: one a bucket, one that sets up a lane, one that forks lanes.
+"""The compiled programs of an engine: one a bucket, and those that change its state between steps.
 
 Owns: compiling all of them ahead of the first request. A ``Compiled`` program cannot recompile: an argument whose
 shape or dtype differs is an error that names it. Must never: run a step.
@@ -7,6 +7,7 @@ shape or dtype differs is an error that names it. Must never: run a step.
 from __future__ import annotations
 
 import concurrent.futures
+import dataclasses
 import threading
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -18,12 +19,21 @@ import numpy as np
 
 from hkv_jax.engine.batch_format import BatchFormat, Bucket
 from hkv_jax.engine.device_state import (
+    COPIES_A_CALL,
     FORKS_A_CALL,
     MAX_MASKED_STOPS,
+    PREFIX_TOKENS_A_CALL,
+    TABLE_ROWS_A_CALL,
+    BlockCopies,
     DeviceState,
     ForkCopies,
     LaneSetup,
+    PrefixTokens,
+    TableRows,
+    copy_state_blocks,
+    count_prefix,
     fork_lanes,
+    install_table_rows,
     set_up_lane,
 )
 from hkv_jax.engine.step import StepProgram
@@ -74,16 +84,37 @@ class ProgramFactory:
             self._replicated((MAX_LOGIT_BIASES,), np.float32),
             self._replicated((MAX_MASKED_STOPS,), np.int32),
         )
-        return self._lower(set_up_lane, (state, setup), donate=0, outputs=_shardings(state))
+        return self._lower_edit(set_up_lane, state, setup)
 
     def lower_forks(self, state: DeviceState) -> jax.stages.Lowered:
         """A few forks at a time."""
         lanes = self._replicated((FORKS_A_CALL,), np.int32)
         pages = self._replicated((len(self._layout.groups), FORKS_A_CALL), np.int32)
         program = partial(fork_lanes, layout=self._layout, mesh=self._decoder.mesh)
-        return self._lower(
-            program, (state, ForkCopies(lanes, lanes, pages, pages)), donate=0, outputs=_shardings(state)
+        return self._lower_edit(program, state, ForkCopies(lanes, lanes, pages, pages))
+
+    def lower_block_copies(self, state: DeviceState) -> jax.stages.Lowered:
+        """A few dozen blocks at a time."""
+        pages = self._replicated((len(self._layout.groups), COPIES_A_CALL), np.int32)
+        program = partial(copy_state_blocks, layout=self._layout, mesh=self._decoder.mesh)
+        return self._lower_edit(program, state, BlockCopies(pages, pages))
+
+    def lower_table_rows(self, state: DeviceState) -> jax.stages.Lowered:
+        """Whole table rows of a few lanes at a time."""
+        widths = (group.table_width for group in self._layout.groups)
+        rows = tuple(self._replicated((TABLE_ROWS_A_CALL, width), np.int32) for width in widths)
+        return self._lower_edit(
+            install_table_rows, state, TableRows(self._replicated((TABLE_ROWS_A_CALL,), np.int32), rows)
         )
+
+    def lower_prefix_tokens(self, state: DeviceState) -> jax.stages.Lowered:
+        """Some tokens of one lane at a time."""
+        tokens = self._replicated((PREFIX_TOKENS_A_CALL,), np.int32)
+        prefix = PrefixTokens(self._replicated((), np.int32), self._replicated((), np.bool_), tokens, tokens)
+        return self._lower_edit(count_prefix, state, prefix)
+
+    def _lower_edit(self, program: Callable[..., DeviceState], state: DeviceState, change: Any) -> jax.stages.Lowered:
+        return self._lower(program, (state, change), donate=0, outputs=_shardings(state))
 
     def _lower(
         self, program: Callable[..., Any], arguments: tuple[Any, ...], donate: int, outputs: Any
@@ -98,16 +129,21 @@ class ProgramFactory:
         return named(self._decoder.mesh, REPLICATED)
 
 
+@dataclasses.dataclass(frozen=True)
 class Programs:
-    """Every program of an engine, compiled."""
+    """Every program of an engine, compiled; what changes the state between steps is in the order of ``StepPlan``."""
 
-    def __init__(self, steps: dict[Bucket, jax.stages.Compiled], lane_setup: Any, forks: Any) -> None:
-        self.steps, self.lane_setup, self.forks = steps, lane_setup, forks
+    block_copies: Any
+    table_rows: Any
+    lane_setup: Any
+    prefix_tokens: Any
+    forks: Any
+    steps: dict[Bucket, jax.stages.Compiled]
 
     @property
     def num_programs(self) -> int:
-        """Compiled programs: one a bucket and the two for lanes."""
-        return len(self.steps) + 2
+        """Compiled programs: one a bucket and five that change the state between steps."""
+        return len(self.steps) + 5
 
     @classmethod
     def compile(
@@ -119,18 +155,24 @@ class Programs:
     ) -> Programs:
         """Compiles all programs, a few at a time; ``progress`` is told of each as it is done."""
         parameters, state = arguments
+        edits: dict[Any, Callable[[DeviceState], jax.stages.Lowered]] = {
+            "block copies": factory.lower_block_copies,
+            "table rows": factory.lower_table_rows,
+            "lane set-up": factory.lower_lane_setup,
+            "prefix tokens": factory.lower_prefix_tokens,
+            "fork": factory.lower_forks,
+        }
         lower: dict[Any, Callable[[], jax.stages.Lowered]] = {
             f.bucket: partial(factory.lower_step, f, parameters, state) for f in formats
         }
-        lower["lane set-up"] = partial(factory.lower_lane_setup, state)
-        lower["fork"] = partial(factory.lower_forks, state)
+        lower |= {name: partial(edit, state) for name, edit in edits.items()}
         compiled: dict[Any, jax.stages.Compiled] = {}
         with _compile_pool() as pool:
             jobs = {pool.submit(lambda build: build().compile(), build): name for name, build in lower.items()}
             for job in concurrent.futures.as_completed(jobs):
                 compiled[jobs[job]] = job.result()
                 progress(f"compiled {jobs[job]}", len(compiled), len(jobs))
-        return cls({f.bucket: compiled[f.bucket] for f in formats}, compiled["lane set-up"], compiled["fork"])
+        return cls(*(compiled[name] for name in edits), {f.bucket: compiled[f.bucket] for f in formats})
 
 
 def _compile_pool() -> concurrent.futures.ThreadPoolExecutor:

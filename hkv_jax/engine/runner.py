@@ -14,14 +14,20 @@ import numpy as np
 from hkv_jax.engine.batch import StepBatch
 from hkv_jax.engine.buckets import Buckets
 from hkv_jax.engine.device_state import (
+    COPIES_A_CALL,
     FORKS_A_CALL,
     MAX_MASKED_STOPS,
+    PREFIX_TOKENS_A_CALL,
+    TABLE_ROWS_A_CALL,
     DeviceState,
     LaneSetup,
+    PrefixTokens,
+    TableRows,
     allocate_state,
+    no_copies,
     no_forks,
 )
-from hkv_jax.engine.plan import StepPlan
+from hkv_jax.engine.plan import BlockCopy, LaneTables, StepPlan
 from hkv_jax.engine.programs import Programs
 from hkv_jax.engine.request import Sequence
 from hkv_jax.engine.step import StepOutputs
@@ -71,8 +77,13 @@ class Runner:
 
     def dispatch(self, plan: StepPlan, batch: StepBatch) -> StepHandle:
         """Starts the step of ``plan`` and returns before the device is done."""
+        if plan.copies:
+            self._copy(plan.copies)
+        if plan.table_rows:
+            self._install(plan.table_rows)
         for sequence in plan.admitted:
             self._set_up(sequence)
+            self._count_prefix(sequence)
         if plan.forks:
             self._fork(plan.forks)
         program = self._programs.steps[batch.format.bucket]
@@ -87,6 +98,44 @@ class Runner:
                 array.delete()
         self._state = allocate_state(self._shapes, self._vocab_size)
         self._set_up_lanes.clear()
+
+    def _copy(self, copies: tuple[BlockCopy, ...]) -> None:
+        """Copies blocks in the order of the plan: groups share an arena, so a target may be where a source was."""
+        num_groups = len(self._shapes.tables)
+        entries, place, group = no_copies(num_groups), 0, 0
+        for copy in copies:
+            # A call goes through the groups in order.
+            if place == COPIES_A_CALL or copy.group < group:
+                self._state = self._programs.block_copies(self._state, entries)
+                entries, place = no_copies(num_groups), 0
+            group = copy.group
+            entries.source_pages[group, place], entries.target_pages[group, place] = copy.source_page, copy.target_page
+            place += 1
+        self._state = self._programs.block_copies(self._state, entries)
+
+    def _install(self, tables: tuple[LaneTables, ...]) -> None:
+        for begin in range(0, len(tables), TABLE_ROWS_A_CALL):
+            lanes = np.full(TABLE_ROWS_A_CALL, self._num_lanes, np.int32)
+            rows = tuple(np.zeros((TABLE_ROWS_A_CALL, shape.shape[1]), np.int32) for shape in self._shapes.tables)
+            for place, table in enumerate(tables[begin : begin + TABLE_ROWS_A_CALL]):
+                lanes[place] = table.lane
+                for target, row in zip(rows, table.rows, strict=True):
+                    target[place] = row
+            self._state = self._programs.table_rows(self._state, TableRows(lanes, rows))
+
+    def _count_prefix(self, sequence: Sequence) -> None:
+        """Tells the penalties of the tokens that a cached prefix spares the lane."""
+        start = 0 if sequence.prefix is None else sequence.prefix.start
+        if not (start and sequence.request.params.has_penalties):
+            return
+        tokens, prompt_len = sequence.tokens(0, start), sequence.request.prompt_len
+        # Of the prompt it only matters which ids occur.
+        prompt, outputs = np.unique(tokens[:prompt_len]), tokens[prompt_len:]
+        size = PREFIX_TOKENS_A_CALL
+        for begin in range(0, max(len(prompt), len(outputs)), size):
+            parts = (_padded(ids[begin : begin + size], size, self._vocab_size) for ids in (prompt, outputs))
+            prefix = PrefixTokens(np.int32(sequence.lane), np.bool_(begin == 0), *parts)
+            self._state = self._programs.prefix_tokens(self._state, prefix)
 
     def _set_up(self, sequence: Sequence) -> None:
         """Installs biases and masked stops, and clears what an earlier sequence of the lane left."""

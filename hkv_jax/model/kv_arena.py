@@ -113,19 +113,25 @@ def read_pages(
 
 
 def copy_blocks(arena: ArenaArray, fmt: KVFormat, sources: jax.Array, targets: jax.Array) -> ArenaArray:
-    """Copies whole blocks (all layers of the group).
+    """Copies whole blocks (all layers of the group), one after the other: the memory of a single block is enough.
 
     Args:
         arena: local, [1, rows, row_elements].
         fmt: the group's page format.
         sources: i32[n], page of layer 0 of each source block.
-        targets: i32[n], likewise; NO_SLOT for an entry that copies nothing.
+        targets: i32[n], likewise; NO_SLOT for an entry that copies nothing, and costs nothing.
     """
-    view = arena.reshape(-1, fmt.page_elements)
-    layers = jnp.arange(fmt.num_layers, dtype=jnp.int32)
-    pages_from = (sources[:, None] + layers).reshape(-1)
-    pages_to = jnp.where((targets != NO_SLOT)[:, None], targets[:, None] + layers, view.shape[0]).reshape(-1)
-    return view.at[pages_to].set(_take(view, pages_from), mode="drop").reshape(arena.shape)
+    # The pages of a block follow each other. Only the first axis is cut, so that no layout has to move a row.
+    view = arena.reshape(-1, fmt.rows_per_page, fmt.row_elements)
+    live = targets != NO_SLOT
+    live_first = jnp.argsort(~live)  # stable: the copies keep their order
+
+    def copy(number: jax.Array, view: jax.Array) -> jax.Array:
+        entry = live_first[number]
+        block = lax.dynamic_slice_in_dim(view, sources[entry], fmt.num_layers)
+        return lax.dynamic_update_slice_in_dim(view, block, targets[entry], 0)
+
+    return lax.fori_loop(0, jnp.sum(live), copy, view).reshape(arena.shape)
 
 
 def _take(view: jax.Array, index: jax.Array) -> jax.Array:

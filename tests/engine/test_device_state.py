@@ -1,4 +1,4 @@
-"""Setting up and forking lanes: what is named changes, everything else in the state stays as it was."""
+"""What changes the state between steps: what is named changes, everything else stays as it was."""
 
 from __future__ import annotations
 
@@ -9,12 +9,21 @@ import pytest
 from numpy.typing import NDArray
 
 from hkv_jax.engine.device_state import (
+    COPIES_A_CALL,
     FORKS_A_CALL,
+    PREFIX_TOKENS_A_CALL,
+    TABLE_ROWS_A_CALL,
     DeviceState,
     ForkCopies,
     LaneSetup,
+    PrefixTokens,
+    TableRows,
     allocate_state,
+    copy_state_blocks,
+    count_prefix,
     fork_lanes,
+    install_table_rows,
+    no_copies,
     no_forks,
     set_up_lane,
 )
@@ -129,3 +138,48 @@ def test_entries_that_are_not_used_do_nothing() -> None:
     assert copies.source_lanes.shape == (FORKS_A_CALL,)
     program = jax.jit(lambda state, copies: fork_lanes(state, copies, engine.layout, engine.mesh))
     assert_equal(program(state, copies), as_numpy(state))
+
+
+@pytest.mark.parametrize("chips", [1, 2])
+def test_blocks_are_copied_in_order_inside_their_groups(chips: int) -> None:
+    engine = unbuilt(chips)
+    layout, state = engine.layout, random_state(engine)
+    expected = as_numpy(state)
+    copies, program = no_copies(2), jax.jit(lambda state, made: copy_state_blocks(state, made, layout, engine.mesh))
+    # Places need not be in order, and a block may take the place that another has just left.
+    for group, place, source, target in ((0, 3, 2, 5), (0, 7, 1, 2), (1, 0, 0, 2), (1, 63, 4, 0)):
+        cache = layout.groups[group]
+        first = cache.initial_slabs[0] * cache.blocks_per_slab
+        pages = [cache.page(first + block) for block in (source, target)]
+        copies.source_pages[group, place], copies.target_pages[group, place] = pages
+        block = expected["arenas"][0].reshape(chips, -1, cache.format.page_elements)
+        layers = np.arange(cache.format.num_layers)
+        block[:, pages[1] + layers] = block[:, pages[0] + layers]
+    assert_equal(program(state, copies), expected)
+    assert_equal(program(random_state(engine), no_copies(2)), as_numpy(random_state(engine)))
+    assert copies.source_pages.shape == (2, COPIES_A_CALL)
+
+
+def test_whole_table_rows_are_installed() -> None:
+    state = random_state(unbuilt())
+    expected = as_numpy(state)
+    lanes = np.array([3, LANES, 0, LANES], np.int32)
+    rows = tuple(np.arange(TABLE_ROWS_A_CALL * t.shape[1]).reshape(-1, t.shape[1]) - 7 for t in state.tables)
+    for table, row in zip(expected["tables"], rows, strict=True):
+        table[[3, 0]] = row[[0, 2]]
+    assert_equal(jax.jit(install_table_rows)(state, TableRows(lanes, rows)), expected)
+
+
+@pytest.mark.parametrize("empty", [True, False])
+def test_a_prefix_that_is_not_run_is_counted(empty: bool) -> None:
+    state = random_state(unbuilt())
+    expected = as_numpy(state)
+    prompt, outputs = (np.full(PREFIX_TOKENS_A_CALL, VOCABULARY, np.int32) for _ in range(2))
+    prompt[:3], outputs[5:9] = (7, 9, 7), (1, 95, 1, 7)
+    counts, in_prompt = expected["counts"][0][2], expected["in_prompt"][0][2]
+    if empty:
+        counts[:], in_prompt[:] = 0, False
+    np.add.at(counts, outputs[5:9], 1)
+    in_prompt[[7, 9]] = True
+    prefix = PrefixTokens(np.int32(2), np.bool_(empty), prompt, outputs)
+    assert_equal(jax.jit(count_prefix)(state, prefix), expected)

@@ -98,7 +98,7 @@ def test_a_program_names_the_argument_that_changed(parts: EngineParts) -> None:
 
 
 def test_one_program_a_bucket(parts: EngineParts) -> None:
-    assert parts.programs.num_programs == len(parts.engine.buckets.all) + 2
+    assert parts.programs.num_programs == len(parts.engine.buckets.all) + 5
     # Rows 1, 2, 4 and tokens 16, 32: few shapes, counted here so that their growth is noticed.
     assert [str(f.bucket) for f in parts.engine.buckets.all] == [
         "decode 1 tokens x 1 rows",

@@ -27,6 +27,9 @@ LOWER: dict[str, Callable[[UnbuiltEngine], jax.stages.Lowered]] = {
     "prefill": lambda engine: engine.lower_step(Bucket(32, SLOTS, True)),
     "lane set-up": lambda engine: engine.factory.lower_lane_setup(engine.state),
     "fork": lambda engine: engine.factory.lower_forks(engine.state),
+    "block copies": lambda engine: engine.factory.lower_block_copies(engine.state),
+    "table rows": lambda engine: engine.factory.lower_table_rows(engine.state),
+    "prefix tokens": lambda engine: engine.factory.lower_prefix_tokens(engine.state),
 }
 
 
@@ -53,7 +56,7 @@ def memory(program: str, dtype: str, budget_bytes: int, chips: int) -> tuple[int
 
 CASES = [(program, dtype, 1) for program in LOWER for dtype in ("float32", "bfloat16")]
 CASES.remove(("decode, one row", "float32", 1))
-SHARDED = [("decode, all rows", "bfloat16", 2), ("fork", "float32", 2)]
+SHARDED = [("decode, all rows", "bfloat16", 2), ("fork", "float32", 2), ("block copies", "bfloat16", 2)]
 
 
 @pytest.mark.parametrize(("program", "dtype", "chips"), [*CASES, *SHARDED])

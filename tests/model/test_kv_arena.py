@@ -133,12 +133,13 @@ def test_blocks_are_copied_with_all_their_layers(fmt: KVFormat) -> None:
     np.testing.assert_array_equal(np.asarray(copy(arena, fmt, sources, targets)).reshape(PAGES, -1), expected)
 
 
-def test_a_target_that_is_also_a_source_is_read_first() -> None:
+def test_copies_happen_one_after_the_other() -> None:
     fmt = KVFormat(PageLayout.ROWS, BLOCK, 1, 8, 4, LAYERS)
     arena = np.arange(PAGES * fmt.page_elements, dtype=np.float32).reshape(1, -1, fmt.row_elements)
-    swapped = copy(arena, fmt, np.array([0, LAYERS], np.int32), np.array([LAYERS, 0], np.int32))
-    blocks, before = np.asarray(swapped).reshape(5, -1), arena.reshape(5, -1)
-    np.testing.assert_array_equal(blocks, before[[1, 0, 2, 3, 4]])
+    # A block leaves for the last place, and the next one takes the place it left.
+    copied = copy(arena, fmt, np.array([0, 7, LAYERS], np.int32), np.array([4 * LAYERS, NO_SLOT, 0], np.int32))
+    blocks, before = np.asarray(copied).reshape(5, -1), arena.reshape(5, -1)
+    np.testing.assert_array_equal(blocks, before[[1, 1, 2, 3, 0]])
 
 
 def test_only_bfloat16_on_cpu_is_stored_as_other_bits() -> None:
