@@ -15,18 +15,29 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.pages import AttentionShape
+from pallas_kernels.pages import LANES, AttentionShape
 
 MASKED = -1e30
 """Score of a key that is not seen; finite, so that differences of two of them are not NaN."""
 
 
+SUMMED_BY_PRODUCT_TOKENS = 256
+"""Up to this many keys the sum of weights is a product with ones: the matrix unit adds along lanes sooner than the unit
+that is made for it, and leaves the sum in every lane."""
+
+
 class Weights(NamedTuple):
-    """Of one tile: weights f32[R, T]; their sum and the maximum they are relative to, f32[R, 1]."""
+    """Of one tile: weights f32[R, T]; their sum and the maximum they are relative to, f32[R, 128], the same in each lane."""
 
     weights: jax.Array
     total: jax.Array
     maximum: jax.Array
+
+
+def across(per_row: jax.Array, lanes: int) -> jax.Array:
+    """[R, 128] that are the same in every lane as [R, lanes]."""
+    copies = -(-lanes // LANES)
+    return jnp.concatenate([per_row] * copies, axis=1)[:, :lanes] if lanes != LANES else per_row
 
 
 def product_precision(dtype: jnp.dtype) -> lax.Precision:
@@ -64,21 +75,26 @@ def scaled(shape: AttentionShape, products: jax.Array) -> jax.Array:
     return shape.soft_cap * jnp.tanh(scaled_products * (1.0 / shape.soft_cap))
 
 
-def weigh(scaled_scores: jax.Array, live: jax.Array | None, sinks: jax.Array | None) -> Weights:
+def weigh(scaled_scores: jax.Array, live: jax.Array | None, sinks: jax.Array | None, dtype: jnp.dtype) -> Weights:
     """The softmax of a tile that holds all keys of its rows.
 
     Args:
         scaled_scores: f32[R, T].
         live: bool[1, T] or [R, T], which keys are seen; ``None``: all of them.
-        sinks: f32[R, 1], a score of each row whose value is zero; ``None``: without.
+        sinks: f32[R, 128], a score of each row whose value is zero, the same in each lane; ``None``: without.
+        dtype: of the values the weights will meet.
     """
+    rows, tokens = scaled_scores.shape
     if live is not None:
         scaled_scores = jnp.where(live, scaled_scores, MASKED)
-    maximum = jnp.max(scaled_scores, axis=1, keepdims=True)
+    maximum = jnp.broadcast_to(jnp.max(scaled_scores, axis=1, keepdims=True), (rows, LANES))
     if sinks is not None:
         maximum = jnp.maximum(maximum, sinks)
-    weights = jnp.exp(scaled_scores - maximum)
-    total = jnp.sum(weights, axis=1, keepdims=True)
+    weights = jnp.exp(scaled_scores - across(maximum, tokens))
+    if tokens <= SUMMED_BY_PRODUCT_TOKENS:
+        total = weighted_sum(weights, jnp.ones((tokens, LANES), dtype))
+    else:
+        total = jnp.broadcast_to(jnp.sum(weights, axis=1, keepdims=True), (rows, LANES))
     if sinks is not None:
         total += jnp.exp(sinks - maximum)
     return Weights(weights, total, maximum)

@@ -1,7 +1,8 @@
 """Windowed decode: one tile of keys holds the whole window, so there is no loop over blocks.
 
-A program serves a few sequences. While it computes, the blocks of the next program's sequences are fetched; those of
-its own are waited for one sequence at a time. Where P divides W the window touches one block more than it fills: of the
+A program serves a few sequences, and waits for their blocks one sequence at a time while those of later ones are on
+their way. The compiler fills the gaps of one computation only from the same basic block, so the scores of a sequence
+are computed in one block with the softmax of the sequence before, and with the start of copies for a later one. Where P divides W the window touches one block more than it fills: of the
 oldest block the rows from ``kv_len mod P`` on are live, of the newest the rows before, so one select makes a tile of
 exactly W rows (in no particular order, which attention does not mind). Otherwise the tile has a block more.
 
@@ -13,6 +14,7 @@ Axis letters: S sequences, H query heads, C planes of a page, P token slots of a
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -42,6 +44,16 @@ class WindowTile:
     sequences: int
     kv_dtype: jnp.dtype
     compute_dtype: jnp.dtype
+
+    @property
+    def staggered(self) -> bool:
+        """Whether a row's softmax waits for the scores of the next."""
+        return self.sequences >= 3
+
+    @property
+    def ahead(self) -> int:
+        """How many rows ahead of the one that is computed blocks are fetched."""
+        return self.sequences - (2 if self.staggered else 1)
 
     @property
     def shape(self) -> AttentionShape:
@@ -85,22 +97,37 @@ class Scalars(NamedTuple):
 
 
 class Buffers(NamedTuple):
-    """VMEM: blocks [2, sequences, C, M · P, 128], rows to write [2, sequences, C, row tile, 128]; their semaphores."""
+    """VMEM and semaphores.
 
-    blocks: Any
+    ``blocks`` has an array [C, M · P, 128] for each place, not one array with an axis more: so the compiler sees that a
+    copy into one place does not disturb what is read from another, and lets both go on at once. ``writes`` holds rows
+    to write, [sequences, C, row tile, 128]. ``fetched`` has a semaphore a place, ``written`` is one. ``num_writes`` is
+    an i32[1] in SMEM: writes of the last program that nobody has waited for.
+    """
+
+    blocks: Sequence[Any]
     writes: Any
     fetched: Any
     written: Any
+    num_writes: Any
 
 
 class Row(NamedTuple):
-    """One sequence of a program: its number, where it lies, its live length, and the blocks that hold it."""
+    """One sequence: its number, its place among those of a program, its live length and the blocks that hold it."""
 
-    row: Any
-    buffer: Any
+    number: Any
     place: int
     kv_len: Any
     num_blocks: Any
+
+
+class Arrays(NamedTuple):
+    """One program's blocks in VMEM: queries, new rows [sequences, C, 128], sinks f32[H, 128] or None, outputs."""
+
+    queries: Any
+    new_rows: Any
+    sinks: Any
+    outputs: Any
 
 
 def decode_kernel(tile: WindowTile, num_rows: int, has_sinks: bool) -> Callable[..., None]:
@@ -111,171 +138,212 @@ def decode_kernel(tile: WindowTile, num_rows: int, has_sinks: bool) -> Callable[
         queries, new_rows = rest.pop(0), rest.pop(0)
         sinks = rest.pop(0) if has_sinks else None
         _aliased, outputs, pages = rest[:3]
-        _program(tile, num_rows, scalars, (queries, new_rows, sinks, outputs), pages, Buffers(*rest[3:]))
+        scratch = rest[3:]
+        buffers = Buffers(scratch[: tile.sequences], *scratch[tile.sequences :])
+        mover = _Mover(tile, num_rows, scalars, pages, buffers)
+        _program(tile, Arrays(queries, new_rows, sinks, outputs), mover)
 
     return body
 
 
-def _program(
-    tile: WindowTile,
-    num_rows: int,
-    scalars: Scalars,
-    arrays: tuple[Any, Any, Any, Any],
-    pages_ref: Any,
-    buffers: Buffers,
-) -> None:
-    number, programs = pl.program_id(0), num_rows // tile.sequences
-    mover = _Mover(tile, scalars, pages_ref, buffers)
+def _program(tile: WindowTile, arrays: Arrays, mover: _Mover) -> None:
+    number = pl.program_id(0)
 
     @pl.when(number == 0)
     def _first() -> None:
-        # What is never fetched is multiplied by weight 0, so it must be finite.
-        buffers.blocks[...] = jnp.zeros_like(buffers.blocks)
-        for index in range(tile.sequences):
-            mover.fetch(mover.row(number, index))
+        mover.buffers.num_writes[0] = 0
+        for place in range(tile.ahead):
+            mover.fetch(mover.row(place, place))
 
-    @pl.when(number >= 2)
-    def _free_write_buffers() -> None:
-        for index in range(tile.sequences):
-            mover.wait_written(mover.row(number - 2, index))
+    rows = [mover.row(number * tile.sequences + place, place) for place in range(tile.sequences)]
+    longest = functools.reduce(jnp.maximum, [row.kv_len for row in rows])
+    mover.wait_written()
 
-    @pl.when(number + 1 < programs)
-    def _next() -> None:
-        for index in range(tile.sequences):
-            mover.fetch(mover.row(number + 1, index))
-
-    for index in range(tile.sequences):
-        row = mover.row(number, index)
-
-        @pl.when(row.kv_len > 0)
-        def _attend(row: Row = row) -> None:
+    @pl.when(longest > 0)
+    def _attend() -> None:
+        unfinished: _Scored | None = None
+        for row in rows:
             mover.wait_fetched(row)
-            _attend_row(tile, row, arrays, buffers)
-            mover.write(row)
+            # One basic block from here to the next wait.
+            if tile.ahead:
+                mover.fetch_ahead(row)
+            scored = _score(tile, row, arrays, mover.buffers)
+            if unfinished is not None:
+                _finish(tile, unfinished, arrays, mover)
+            unfinished = scored
+            if not tile.staggered:
+                _finish(tile, scored, arrays, mover)
+                unfinished = None
+        if unfinished is not None:
+            _finish(tile, unfinished, arrays, mover)
 
-        @pl.when(row.kv_len == 0)
-        def _nothing(index: int = index) -> None:
-            arrays[3][index] = jnp.zeros_like(arrays[3][index])
+    @pl.when(longest == 0)
+    def _nothing() -> None:
+        arrays.outputs[...] = jnp.zeros_like(arrays.outputs)
+        for row in rows:
+            if tile.ahead:
+                mover.fetch_ahead(row)
 
-    @pl.when(number + 1 == programs)
+    @pl.when(number + 1 == pl.num_programs(0))
     def _last() -> None:
-        for back in range(min(2, programs)):
-            for index in range(tile.sequences):
-                mover.wait_written(mover.row(number - back, index))
+        mover.wait_written()
 
 
 class _Mover:
     """Everything that crosses between the pool and VMEM."""
 
-    def __init__(self, tile: WindowTile, scalars: Scalars, pages_ref: Any, buffers: Buffers) -> None:
-        self._tile, self._scalars, self._pages, self._buffers = tile, scalars, pages_ref, buffers
+    def __init__(self, tile: WindowTile, num_rows: int, scalars: Scalars, pages_ref: Any, buffers: Buffers) -> None:
+        self._tile, self._num_rows = tile, num_rows
+        self._scalars, self._pages, self.buffers = scalars, pages_ref, buffers
 
-    def row(self, program: Any, index: int) -> Row:
-        row = program * self._tile.sequences + index
-        kv_len = self._scalars.kv_lens[row]
-        return Row(row, lax.rem(program, 2), index, kv_len, pl.cdiv(kv_len, self._tile.block))
+    def row(self, number: Any, place: int) -> Row:
+        """A row; one without keys where the number is past the last."""
+        kv_len = jnp.where(number < self._num_rows, self._scalars.kv_lens[jnp.minimum(number, self._num_rows - 1)], 0)
+        return Row(number, place, kv_len, pl.cdiv(kv_len, self._tile.block))
+
+    def fetch_ahead(self, row: Row) -> None:
+        """Starts the fetch of a later row, to the place that became free last."""
+        self.fetch(self.row(row.number + self._tile.ahead, (row.place + self._tile.ahead) % self._tile.sequences))
 
     def fetch(self, row: Row) -> None:
-        """Starts the copies of the row's live blocks, and of no other."""
-        self._each_block(row, lambda copy: copy.start())
+        """Starts the copies of the row's live blocks, and of no other; each predicated, so that no branch is taken."""
+        for position, (block, is_live) in enumerate(_blocks_of_positions(self._tile, row)):
+            page = self._page(row, block)
+
+            @pl.when(is_live)
+            def _start(page: Any = page, position: int = position) -> None:
+                self._copy(row, page, position).start()
 
     def wait_fetched(self, row: Row) -> None:
-        self._each_block(row, lambda copy: copy.wait())
-
-    def _each_block(self, row: Row, act: Callable[[Any], None]) -> None:
+        """Waits for the row's blocks, and clears what it has none for."""
         tile = self._tile
-        most = tile.fetched_blocks
+        if not tile.ahead:
+            self.fetch(row)
 
-        @pl.when(row.num_blocks == most)
+        @pl.when(row.num_blocks == tile.fetched_blocks)
         def _whole() -> None:
-            for block in range(most):
-                act(self._copy(row, block, block))
+            # One wait for the bytes of all copies.
+            here = self.buffers.blocks[row.place]
+            pltpu.make_async_copy(here, here, self.buffers.fetched.at[row.place]).wait()
 
-        @pl.when(row.num_blocks < most)
+        @pl.when(row.num_blocks < tile.fetched_blocks)
         def _part() -> None:
-            def one(block: Any, _: None) -> None:
-                act(self._copy(row, block, _place(tile, row, block)))
+            lax.fori_loop(0, row.num_blocks, lambda _i, _c: self._copy(row, 0, 0).wait(), None)
+            _clear_unfetched(tile, row, self.buffers.blocks[row.place])
 
-            lax.fori_loop(0, row.num_blocks, one, None)
+    def _page(self, row: Row, block: Any) -> Any:
+        # Read whether or not there is such a block, so that reading needs no predicate.
+        column = jnp.minimum(row.number, self._num_rows - 1) * self._tile.fetched_blocks + block
+        return self._scalars.tables[column] + self._scalars.layer[0]
 
-    def _copy(self, row: Row, block: Any, place: Any) -> Any:
-        tile = self._tile
-        page = self._scalars.tables[row.row * tile.fetched_blocks + block] + self._scalars.layer[0]
-        rows = pl.ds(place * tile.block, tile.block)
+    def _copy(self, row: Row, page: Any, position: int) -> Any:
+        rows = pl.ds(position * self._tile.block, self._tile.block)
         return pltpu.make_async_copy(
             self._pages.at[page],
-            self._buffers.blocks.at[row.buffer, row.place, :, rows, :],
-            self._buffers.fetched.at[row.buffer, row.place],
+            self.buffers.blocks[row.place].at[:, rows, :],
+            self.buffers.fetched.at[row.place],
         )
 
     def write(self, row: Row) -> None:
         """Starts the copy of the new token's rows to the pool, where it has a slot."""
-        self._when_written(row, lambda copy: copy.start())
-
-    def wait_written(self, row: Row) -> None:
-        self._when_written(row, lambda copy: copy.wait())
-
-    def _when_written(self, row: Row, act: Callable[[Any], None]) -> None:
-        slot = self._scalars.slots[row.row]
+        slot = self._scalars.slots[row.number]
 
         @pl.when((slot != NO_SLOT) & (row.kv_len > 0))
-        def _act() -> None:
+        def _start() -> None:
             block, rows = self._tile.block, self._tile.write_rows
             page = lax.div(slot, block) + self._scalars.layer[0]
             begin = pl.multiple_of(lax.div(lax.rem(slot, block), rows) * rows, rows)
-            act(
-                pltpu.make_async_copy(
-                    self._buffers.writes.at[row.buffer, row.place],
-                    self._pages.at[page, :, pl.ds(begin, rows), :],
-                    self._buffers.written.at[row.buffer, row.place],
-                )
-            )
+            target = self._pages.at[page, :, pl.ds(begin, rows), :]
+            pltpu.make_async_copy(self.buffers.writes.at[row.place], target, self.buffers.written).start()
+            self.buffers.num_writes[0] += 1
+
+    def wait_written(self) -> None:
+        """Waits for all writes of the last program."""
+        writes = self.buffers.writes
+        count = self.buffers.num_writes[0]
+
+        @pl.when(count == self._tile.sequences)
+        def _all() -> None:
+            # One wait for the bytes of all copies.
+            pltpu.make_async_copy(writes, writes, self.buffers.written).wait()
+
+        @pl.when(count < self._tile.sequences)
+        def _some() -> None:
+            one = pltpu.make_async_copy(writes.at[0], writes.at[0], self.buffers.written)
+            lax.fori_loop(0, count, lambda _i, _c: one.wait(), None)
+
+        self.buffers.num_writes[0] = 0
 
 
-def _place(tile: WindowTile, row: Row, block: Any) -> Any:
-    """The place in the buffer of a block of a row whose table is not full.
+def _blocks_of_positions(tile: WindowTile, row: Row) -> list[tuple[Any, Any]]:
+    """For each position in a buffer, the block of the row's table that belongs there and whether there is one.
 
-    Merged tiles expect the newest block last, where the select looks for it, and the others after the first place,
-    which is left to an oldest block that there is not.
+    Merged tiles have the newest block last, where the select looks for it. Where the table is not full the first
+    position, which is an oldest block's, stays empty.
     """
+    most = tile.fetched_blocks
     if not tile.merged:
-        return block
-    return jnp.where(block == row.num_blocks - 1, tile.fetched_blocks - 1, block + 1)
+        return [(position, position < row.num_blocks) for position in range(most)]
+    is_full = row.num_blocks == most
+    missing = jnp.where(is_full, 0, 1)
+    between = [(i - missing, i < row.num_blocks - 1 + missing) for i in range(1, most - 1)]
+    oldest = [(0, is_full)] if most > 1 else []
+    return [*oldest, *between, (jnp.maximum(row.num_blocks, 1) - 1, row.num_blocks > 0)]
 
 
-def _attend_row(tile: WindowTile, row: Row, arrays: tuple[Any, Any, Any, Any], buffers: Buffers) -> None:
-    queries_ref, new_ref, sinks_ref, outputs_ref = arrays
-    heads = tile.heads
-    _insert_new(tile, row, new_ref, buffers)
-    _clear_dead(tile, row, buffers)
-    planes = _merged_planes(tile, row, buffers) if tile.merged else _plain_planes(tile, row, buffers)
-    live = _live_keys(tile, row)
+class _Scored(NamedTuple):
+    """A row between its two stages: f32[rows_per_product, tile rows] scores of each product, and its planes."""
 
-    # In stages over all heads: the compiler does not move products past one another.
-    products = range(heads.num_products)
+    row: Row
+    scores: list[jax.Array]
+    planes: Callable[[int], jax.Array]
+
+
+def _score(tile: WindowTile, row: Row, arrays: Arrays, buffers: Buffers) -> _Scored:
+    heads, blocks_ref = tile.heads, buffers.blocks[row.place]
+    _insert_new(tile, row, arrays.new_rows, buffers)
+    if not tile.merged:
+        _clear_edges(tile, row, blocks_ref)
+    planes = _merged_planes(tile, row, blocks_ref) if tile.merged else lambda plane: blocks_ref[plane]
     scores = [
         softmax.scores(
-            heads.product_queries(lambda a, b: queries_ref[row.place, a:b, :], product, tile.compute_dtype),
+            heads.product_queries(lambda a, b: arrays.queries[row.place, a:b, :], product, tile.compute_dtype),
             heads.product_keys(planes, product).astype(tile.compute_dtype),
+        )
+        for product in range(heads.num_products)
+    ]
+    return _Scored(row, scores, planes)
+
+
+def _finish(tile: WindowTile, scored: _Scored, arrays: Arrays, mover: _Mover) -> None:
+    """Softmax, weighted sum, output and write, in stages over all heads: the compiler moves no product past another."""
+    heads, row = tile.heads, scored.row
+    products = range(heads.num_products)
+    live = _live_keys(tile, row)
+    weights = [
+        softmax.weigh(
+            softmax.scaled(tile.shape, score), live, _sinks_of(tile, arrays.sinks, product), tile.compute_dtype
+        )
+        for product, score in zip(products, scored.scores, strict=True)
+    ]
+    weighted = [
+        softmax.weighted_sum(
+            weights[product].weights, heads.product_values(scored.planes, product).astype(tile.compute_dtype)
         )
         for product in products
     ]
-    weights = [
-        softmax.weigh(softmax.scaled(tile.shape, score), live, _sinks_of(tile, sinks_ref, product))
-        for product, score in zip(products, scores, strict=True)
+    outputs = [
+        total * softmax.across(1.0 / one.total, total.shape[1]) for total, one in zip(weighted, weights, strict=True)
     ]
-    weighted = [
-        softmax.weighted_sum(weights[product].weights, heads.product_values(planes, product).astype(tile.compute_dtype))
-        for product in products
-    ]
-    _store(tile, row, outputs_ref, [w / one.total for w, one in zip(weighted, weights, strict=True)])
+    _store(tile, row, arrays.outputs, [jnp.where(row.kv_len > 0, output, 0.0) for output in outputs])
+    mover.write(row)
 
 
 def _sinks_of(tile: WindowTile, sinks_ref: Any, product: int) -> jax.Array | None:
     if sinks_ref is None:
         return None
     rows = tile.heads.rows_per_product
-    return sinks_ref[product * rows : (product + 1) * rows, :1]
+    return sinks_ref[product * rows : (product + 1) * rows, :]
 
 
 def _store(tile: WindowTile, row: Row, outputs_ref: Any, results: Sequence[jax.Array]) -> None:
@@ -287,73 +355,65 @@ def _store(tile: WindowTile, row: Row, outputs_ref: Any, results: Sequence[jax.A
 
 def _newest_begin(tile: WindowTile, row: Row) -> Any:
     """The row of the buffer at which the newest block begins."""
-    place = tile.fetched_blocks - 1 if tile.merged else row.num_blocks - 1
+    place = tile.fetched_blocks - 1 if tile.merged else jnp.maximum(row.num_blocks, 1) - 1
     return place * tile.block
 
 
 def _insert_new(tile: WindowTile, row: Row, new_ref: Any, buffers: Buffers) -> None:
     """Puts the new token's rows among those of its block, and what must be written back beside."""
-    last = lax.rem(row.kv_len - 1, tile.block)
+    last = lax.rem(jnp.maximum(row.kv_len, 1) - 1, tile.block)
     size = tile.write_rows
     within = lax.rem(last, size)
     begin = pl.multiple_of(_newest_begin(tile, row) + last - within, size)
-    here = buffers.blocks.at[row.buffer, row.place, :, pl.ds(begin, size), :]
+    here = buffers.blocks[row.place].at[:, pl.ds(begin, size), :]
     old = here[...]
     is_new = lax.broadcasted_iota(jnp.int32, old.shape, 1) == within
     both = jnp.where(is_new, new_ref[row.place][:, None, :], old)
     here[...] = both
-    buffers.writes[row.buffer, row.place] = both
+    buffers.writes[row.place] = both
 
 
-def _clear_dead(tile: WindowTile, row: Row, buffers: Buffers) -> None:
-    """Zeroes rows of the buffer that hold no key of this row: a recycled block may hold NaN, and 0 · NaN is NaN."""
-    here = buffers.blocks.at[row.buffer, row.place]
-    planes = tile.shape.pages.num_planes
-    empty = jnp.zeros((planes, tile.block, LANES), tile.kv_dtype)
+def _clear_unfetched(tile: WindowTile, row: Row, blocks_ref: Any) -> None:
+    """Zeroes the blocks of a buffer that a short row does not fill: what lies there may be NaN, and 0 · NaN is NaN."""
+    empty = jnp.zeros((tile.shape.pages.num_planes, tile.block, LANES), tile.kv_dtype)
 
-    def clear(place: Any) -> None:
-        here[:, pl.ds(pl.multiple_of(place * tile.block, tile.block), tile.block), :] = empty
+    def clear(position: Any) -> None:
+        blocks_ref[:, pl.ds(pl.multiple_of(position * tile.block, tile.block), tile.block), :] = empty
 
-    @pl.when(row.num_blocks < tile.fetched_blocks)
-    def _short() -> None:
-        if tile.merged:
-            clear(0)
-        first = row.num_blocks
-        last = tile.fetched_blocks - 1 if tile.merged else tile.fetched_blocks
-        lax.fori_loop(first, last, lambda place, _: clear(place), None)
-
-    if not tile.merged:
-        assert tile.shape.window is not None
-        _keep_rows(tile, here, 0, (row.kv_len - tile.shape.window, tile.block))
-        begin = pl.multiple_of(_newest_begin(tile, row), tile.block)
-        _keep_rows(tile, here, begin, (0, row.kv_len - begin))
+    if tile.merged:
+        clear(0)
+    end = tile.fetched_blocks - 1 if tile.merged else tile.fetched_blocks
+    lax.fori_loop(row.num_blocks, end, lambda position, _: clear(position), None)
 
 
-def _keep_rows(tile: WindowTile, here: Any, begin: Any, live: tuple[Any, Any]) -> None:
+def _clear_edges(tile: WindowTile, row: Row, blocks_ref: Any) -> None:
+    """Zeroes the rows of the oldest block before the window, and those of the newest that nobody has written."""
+    assert tile.shape.window is not None
+    _keep_rows(tile, blocks_ref, 0, (row.kv_len - tile.shape.window, tile.block))
+    begin = pl.multiple_of(_newest_begin(tile, row), tile.block)
+    _keep_rows(tile, blocks_ref, begin, (0, row.kv_len - begin))
+
+
+def _keep_rows(tile: WindowTile, blocks_ref: Any, begin: Any, live: tuple[Any, Any]) -> None:
     """Zeroes the rows of the block at ``begin`` that are not in the range ``live``, counted from there."""
-    place = here.at[:, pl.ds(begin, tile.block), :]
-    rows = place[...]
+    here = blocks_ref.at[:, pl.ds(begin, tile.block), :]
+    rows = here[...]
     index = lax.broadcasted_iota(jnp.int32, rows.shape, 1)
-    place[...] = jnp.where((index >= live[0]) & (index < live[1]), rows, jnp.zeros_like(rows))
+    here[...] = jnp.where((index >= live[0]) & (index < live[1]), rows, jnp.zeros_like(rows))
 
 
-def _plain_planes(tile: WindowTile, row: Row, buffers: Buffers) -> Callable[[int], jax.Array]:
-    return lambda plane: buffers.blocks[row.buffer, row.place, plane]
-
-
-def _merged_planes(tile: WindowTile, row: Row, buffers: Buffers) -> Callable[[int], jax.Array]:
+def _merged_planes(tile: WindowTile, row: Row, blocks_ref: Any) -> Callable[[int], jax.Array]:
     """Planes of W rows: the first P are those of the newest block that are live, then those of the oldest."""
     block, end = tile.block, tile.tile_blocks * tile.block
-    here = buffers.blocks.at[row.buffer, row.place]
     newest_rows = lax.rem(row.kv_len - 1, block) + 1
     from_newest = lax.broadcasted_iota(jnp.int32, (block, LANES), 0) < newest_rows
 
     def plane(index: int) -> jax.Array:
         last = (tile.fetched_blocks - 1) * block
-        newest = here[index, last : last + block, :]
-        oldest = here[index, :block, :] if tile.fetched_blocks > 1 else jnp.zeros_like(newest)
+        newest = blocks_ref[index, last : last + block, :]
+        oldest = blocks_ref[index, :block, :] if tile.fetched_blocks > 1 else jnp.zeros_like(newest)
         edge = jnp.where(from_newest, newest, oldest)
-        return edge if end == block else jnp.concatenate([edge, here[index, block:end, :]], axis=0)
+        return edge if end == block else jnp.concatenate([edge, blocks_ref[index, block:end, :]], axis=0)
 
     return plane
 

@@ -39,7 +39,7 @@ def decode(
 
     whole_sinks = [pl.BlockSpec((shape.num_heads, LANES), lambda i, *_: (0, 0)) for _ in sinks]
     in_pool = pl.BlockSpec(memory_space=pl.ANY)
-    buffers = (2, tile.sequences, pages.num_planes)
+    places, planes = range(tile.sequences), pages.num_planes
     output_shape = jax.ShapeDtypeStruct((num_rows, *heads.output_shape), inputs.queries.dtype)
     outputs, view = pl.pallas_call(
         decode_kernel(tile, num_rows, has_sinks=bool(sinks)),
@@ -49,15 +49,18 @@ def decode(
             in_specs=[by_program(*heads.query_shape), by_program(pages.num_planes, LANES), *whole_sinks, in_pool],
             out_specs=[by_program(*heads.output_shape), in_pool],
             scratch_shapes=[
-                pltpu.VMEM((*buffers, tile.fetched_blocks * tile.block, LANES), view.dtype),
-                pltpu.VMEM((*buffers, tile.write_rows, LANES), view.dtype),
-                pltpu.SemaphoreType.DMA((2, tile.sequences)),
-                pltpu.SemaphoreType.DMA((2, tile.sequences)),
+                *(pltpu.VMEM((planes, tile.fetched_blocks * tile.block, LANES), view.dtype) for _ in places),
+                pltpu.VMEM((tile.sequences, planes, tile.write_rows, LANES), view.dtype),
+                pltpu.SemaphoreType.DMA((tile.sequences,)),
+                pltpu.SemaphoreType.DMA,
+                pltpu.SMEM((1,), jnp.int32),
             ],
         ),
         out_shape=[output_shape, jax.ShapeDtypeStruct(view.shape, view.dtype)],
         input_output_aliases={6 + len(sinks): 1},
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",), vmem_limit_bytes=100 * 2**20),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("arbitrary",), vmem_limit_bytes=100 * 2**20, disable_bounds_checks=True
+        ),
         interpret=interpret,
         name="windowed_decode",
     )(
@@ -73,9 +76,13 @@ def decode(
     return heads.unpack_outputs(outputs), view.reshape(inputs.arena.shape)
 
 
+_forced = (4, 2)
+
+
 def _tile(shape: AttentionShape, inputs: DecodeInputs) -> WindowTile:
     num_rows = inputs.queries.shape[0]
-    sequences = next(n for n in (4, 3, 2, 1) if num_rows % n == 0)
-    heads = next(n for n in (2, 1) if shape.pages.num_kv_heads % n == 0)
+    want, want_heads = _forced
+    sequences = next(n for n in range(want, 0, -1) if num_rows % n == 0)
+    heads = next(n for n in range(want_heads, 0, -1) if shape.pages.num_kv_heads % n == 0)
     compute = jnp.promote_types(inputs.queries.dtype, inputs.arena.dtype)
     return WindowTile(HeadLayout(shape, heads), sequences, jnp.dtype(inputs.arena.dtype), jnp.dtype(compute))

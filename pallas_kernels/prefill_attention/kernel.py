@@ -1,0 +1,615 @@
+"""Prefill: query tiles times key tiles, a whole window (or a stretch of the context) of keys in VMEM at once.
+
+A *unit* is a visit (a query tile and one row in it) and a group of kv heads. Its keys are a *stream*: blocks of the
+pool, then, where a window slides, the step's own keys from the activations; it is cut into *stretches* that fit VMEM, a
+window into one. While a stretch is computed the next one is fetched, of the next unit if need be.
+
+A stretch is computed in two passes over its key tiles. The first makes scores, keeps them in VMEM and the maximum of
+each lane; the second, when the maximum of each row is known, makes weights and sums. So the accumulated sums are
+rescaled once a stretch and lanes are joined once a row, not once a tile (the online softmax of Milakov & Gimelshein,
+arXiv 1805.02867, with a stretch as its step). Only tiles at an edge of what is seen are masked.
+
+Owns: the kernel body. Must never: be called but through ``ops``, or write the pool.
+
+Axis letters: as in ``tile``; V visits, C planes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels import softmax
+from pallas_kernels.pages import LANES
+from pallas_kernels.prefill_attention.tile import HALF, PrefillTile
+from pallas_kernels.prefill_rows import VISIT_FIELDS
+
+NOT_A_KEY = 2**30
+"""The position of what is no key: after every query."""
+
+
+class Scalars(NamedTuple):
+    """SMEM: visits i32[V · fields], num_visits i32[1], layer i32[1], tables i32[S · M] (windowed, else i32[1])."""
+
+    visits: Any
+    num_visits: Any
+    layer: Any
+    tables: Any
+
+
+class Arrays(NamedTuple):
+    """In HBM, but for sinks f32[H] (SMEM) or None.
+
+    queries [T, H · lanes]; own: the step's keys and values [T, K · lanes] each, or one array of both where they share a
+    plane, or none; pages [pages, C, P, 128]; tables i32[S, M / 128, 128] of global layers, else None; outputs
+    [T, H · lanes].
+    """
+
+    queries: Any
+    own: Sequence[Any]
+    pages: Any
+    tables: Any
+    sinks: Any
+    outputs: Any
+
+
+class Scratch(NamedTuple):
+    """VMEM, but for the table, and semaphores.
+
+    queries [2, queries, lanes], kv [2, planes, held, 128], outputs [2, queries, lanes]; then of one unit rows
+    [heads, R, key lanes], scores [heads, held / 128, R, 128], lane maxima, maxima and sums [heads, R, 128], weighted
+    sums [heads, R, value lanes]; table i32[2, M / 128, 128] (SMEM); semaphores of the four kinds of copies, two each.
+    """
+
+    queries: Any
+    kv: Any
+    outputs: Any
+    rows: Any
+    scores: Any
+    lane_maxima: Any
+    maxima: Any
+    sums: Any
+    weighted: Any
+    table: Any
+    fetched_queries: Any
+    fetched_kv: Any
+    stored: Any
+    fetched_table: Any
+
+
+class Visit(NamedTuple):
+    """A query tile and one of its rows.
+
+    row; token: first of the tile; begin, end: the row's tokens; start: position of ``begin``; context: sliding layers
+    see nothing below; first_query, last_query: positions of the first and last query that is both in tile and row.
+    """
+
+    row: Any
+    token: Any
+    begin: Any
+    end: Any
+    start: Any
+    context: Any
+    first_query: Any
+    last_query: Any
+
+
+class Stretch(NamedTuple):
+    """Keys held at once: blocks of the pool, then copies of the step's own keys.
+
+    ``num_blocks`` blocks, the first at column ``column`` of the row's table and at position ``position``, are live below
+    ``pool_end``; ``num_own`` copies begin at token ``own_token``.
+    """
+
+    column: Any
+    num_blocks: Any
+    position: Any
+    pool_end: Any
+    own_token: Any
+    num_own: Any
+
+
+def prefill_kernel(tile: PrefillTile, num_optional: tuple[int, int], table_width: int) -> Callable[..., None]:
+    """The body of ``pallas_call``; refs in the order of ``ops``.
+
+    Args:
+        tile: the plan.
+        num_optional: arrays of the step's own keys and values (0 to 2), and of sinks (0 or 1).
+        table_width: columns of a windowed row's table.
+    """
+
+    def body(*refs: Any) -> None:
+        scalars, rest = Scalars(*refs[:4]), list(refs[4:])
+        queries = rest.pop(0)
+        own = [rest.pop(0) for _ in range(num_optional[0])]
+        pages = rest.pop(0)
+        tables = None if tile.reads_own else rest.pop(0)
+        sinks = rest.pop(0) if num_optional[1] else None
+        _aliased, outputs, *scratch = rest
+        arrays = Arrays(queries, own, pages, tables, sinks, outputs)
+        _Prefill(tile, table_width, (scalars, arrays, Scratch(*scratch))).run()
+
+    return body
+
+
+class _Prefill:
+    """One call: the loops over units and stretches, with what is copied when."""
+
+    def __init__(self, tile: PrefillTile, table_width: int, refs: tuple[Scalars, Arrays, Scratch]) -> None:
+        self._tile, self._table_width = tile, table_width
+        self._scalars, self._arrays, self._scratch = refs
+        self._work = _StretchWork(tile, self._arrays.sinks, self._scratch)
+
+    def run(self) -> None:
+        """All units."""
+        num_units = self._scalars.num_visits[0] * self._tile.head_groups
+
+        @pl.when(num_units > 0)
+        def _any() -> None:
+            self._start_table(0)
+            self._wait_table(0)
+            self._start_queries(0)
+            self._start_kv(0, self._stretch(0, 0), 0)
+            lax.fori_loop(0, num_units, lambda unit, place: self._unit(unit, place, num_units), jnp.int32(0))
+
+            def drain(unit: Any) -> None:
+                @pl.when((unit >= 0) & self._is_whole(self._visit(jnp.maximum(unit, 0))))
+                def _wait() -> None:
+                    self._output_copy(jnp.maximum(unit, 0)).wait()
+
+            drain(num_units - 2)
+            drain(num_units - 1)
+
+    # ------------------------------------------------------------------ what there is to do
+
+    def _visit(self, unit: Any) -> Visit:
+        begin = lax.div(unit, self._tile.head_groups) * VISIT_FIELDS
+        row, number, first, end, start, context = (self._scalars.visits[begin + i] for i in range(VISIT_FIELDS))
+        token = number * self._tile.queries
+        first_query = start + jnp.maximum(token, first) - first
+        last_query = start + jnp.minimum(token + self._tile.queries, end) - 1 - first
+        return Visit(row, token, first, end, start, context, first_query, last_query)
+
+    def _head(self, unit: Any) -> Any:
+        """The first kv head of a unit."""
+        return lax.rem(unit, self._tile.head_groups) * self._tile.heads
+
+    def _is_whole(self, visit: Visit) -> Any:
+        """Whether all tokens of the tile are the row's, so that what was in the outputs does not matter."""
+        return (visit.begin <= visit.token) & (visit.token + self._tile.queries <= visit.end)
+
+    def _whole_stream(self, visit: Visit) -> Stretch:
+        """All keys of a visit."""
+        block, window = self._tile.block, self._tile.shape.window
+        if window is None:
+            return Stretch(0, pl.cdiv(visit.last_query + 1, block), 0, visit.last_query + 1, 0, 0)
+        first_block = lax.div(_first_key(self._tile, visit), block)
+        oldest = lax.div(jnp.maximum(visit.start - (window - 1), visit.context), block)
+        num_blocks = jnp.maximum(pl.cdiv(visit.start - first_block * block, block), 0)
+        size = self._tile.own_tokens
+        first_own = jnp.maximum(visit.begin, jnp.maximum(visit.token, visit.begin) - (window - 1))
+        own_token = lax.div(first_own, size) * size
+        own_end = jnp.minimum(visit.token + self._tile.queries, visit.end)
+        return Stretch(
+            first_block - oldest, num_blocks, first_block * block, visit.start,
+            own_token, pl.cdiv(own_end - own_token, size),
+        )  # fmt: skip
+
+    def _num_stretches(self, visit: Visit) -> Any:
+        if self._tile.one_pass:
+            return 1
+        stream, held = self._whole_stream(visit), self._tile.held_keys
+        pool = pl.cdiv(stream.num_blocks * self._tile.block, held)
+        return pool + pl.cdiv(stream.num_own * self._tile.own_tokens, held) if self._tile.reads_own else pool
+
+    def _stretch(self, unit: Any, number: Any) -> Stretch:
+        """The keys of a unit that are held in its ``number``-th stretch."""
+        stream = self._whole_stream(self._visit(unit))
+        if self._tile.one_pass:
+            return stream
+        blocks = self._tile.held_keys // self._tile.block
+        from_pool = Stretch(
+            stream.column + number * blocks,
+            jnp.clip(stream.num_blocks - number * blocks, 0, blocks),
+            stream.position + number * self._tile.held_keys,
+            stream.pool_end, 0, 0,
+        )  # fmt: skip
+        if not self._tile.reads_own:
+            return from_pool
+        copies = self._tile.held_keys // self._tile.own_tokens
+        later = jnp.maximum(number - pl.cdiv(stream.num_blocks, blocks), 0)
+        of_own = jnp.clip(stream.num_own - later * copies, 0, copies)
+        is_pool = number < pl.cdiv(stream.num_blocks, blocks)
+        own_token = stream.own_token + later * self._tile.held_keys
+        return from_pool._replace(own_token=own_token, num_own=jnp.where(is_pool, 0, of_own))
+
+    # ------------------------------------------------------------------ the loops
+
+    def _unit(self, unit: Any, place: Any, num_units: Any) -> Any:
+        visit, scratch = self._visit(unit), self._scratch
+        parity = lax.rem(unit, 2)
+
+        @pl.when(unit + 1 < num_units)
+        def _start() -> None:
+            self._start_table(unit + 1)
+            self._start_queries(unit + 1)
+
+        self._query_copy(unit).wait()
+        self._work.begin(parity)
+        num_stretches = self._num_stretches(visit)
+
+        def one(number: Any, place: Any) -> Any:
+            is_last = number + 1 == num_stretches
+
+            @pl.when(jnp.logical_not(is_last))
+            def _next_stretch() -> None:
+                self._start_kv(unit, self._stretch(unit, number + 1), 1 - place)
+
+            @pl.when(is_last & (unit + 1 < num_units))
+            def _next_unit() -> None:
+                self._wait_table(unit + 1)
+                self._start_kv(unit + 1, self._stretch(unit + 1, 0), 1 - place)
+
+            stretch = self._stretch(unit, number)
+            self._wait_kv(stretch, place)
+            self._work.attend(visit, stretch, place, self._head(unit), is_first=number == 0)
+            return 1 - place
+
+        place = one(0, place) if self._tile.one_pass else lax.fori_loop(0, num_stretches, one, place)
+        self._store(unit, visit, scratch.outputs.at[parity])
+        return place
+
+    def _store(self, unit: Any, visit: Visit, here_ref: Any) -> None:
+        """Sends a unit's outputs; where other rows have tokens in the tile, around what these have there."""
+        before = jnp.maximum(unit - 2, 0)
+
+        @pl.when((unit >= 2) & self._is_whole(self._visit(before)))
+        def _free() -> None:
+            self._output_copy(before).wait()
+
+        is_whole = self._is_whole(visit)
+
+        @pl.when(is_whole)
+        def _all() -> None:
+            self._work.finish(here_ref, self._head(unit), None)
+            self._output_copy(unit).start()
+
+        @pl.when(jnp.logical_not(is_whole))
+        def _part() -> None:
+            # Only whole tiles are on their way while this one is read, and none of them is this one.
+            there, copied = self._output_window(unit), self._scratch.stored.at[lax.rem(unit, 2)]
+            old = pltpu.make_async_copy(there, here_ref, copied)
+            old.start()
+            old.wait()
+            token = visit.token + lax.broadcasted_iota(jnp.int32, (self._tile.queries, 1), 0)
+            self._work.finish(here_ref, self._head(unit), (token >= visit.begin) & (token < visit.end))
+            new = self._output_copy(unit)
+            new.start()
+            new.wait()
+
+    # ------------------------------------------------------------------ copies
+
+    def _start_table(self, unit: Any) -> None:
+        if not self._tile.reads_own:
+            self._table_copy(unit).start()
+
+    def _wait_table(self, unit: Any) -> None:
+        if not self._tile.reads_own:
+            self._table_copy(unit).wait()
+
+    def _table_copy(self, unit: Any) -> Any:
+        place, row = lax.rem(unit, 2), self._visit(unit).row
+        return pltpu.make_async_copy(
+            self._arrays.tables.at[row], self._scratch.table.at[place], self._scratch.fetched_table.at[place]
+        )
+
+    def _start_queries(self, unit: Any) -> None:
+        self._query_copy(unit).start()
+
+    def _query_copy(self, unit: Any) -> Any:
+        parity, lanes = lax.rem(unit, 2), self._tile.heads * self._tile.group * self._tile.query_lanes
+        there = self._arrays.queries.at[self._tokens(unit), self._lanes(unit, lanes)]
+        return pltpu.make_async_copy(there, self._scratch.queries.at[parity], self._scratch.fetched_queries.at[parity])
+
+    def _output_window(self, unit: Any) -> Any:
+        lanes = self._tile.heads * self._tile.group * self._tile.output_lanes
+        return self._arrays.outputs.at[self._tokens(unit), self._lanes(unit, lanes)]
+
+    def _output_copy(self, unit: Any) -> Any:
+        parity = lax.rem(unit, 2)
+        here, copied = self._scratch.outputs.at[parity], self._scratch.stored.at[parity]
+        return pltpu.make_async_copy(here, self._output_window(unit), copied)
+
+    def _tokens(self, unit: Any) -> Any:
+        token = self._visit(unit).token
+        return pl.ds(pl.multiple_of(token, self._tile.queries), self._tile.queries)
+
+    def _lanes(self, unit: Any, lanes: int) -> Any:
+        return pl.ds(pl.multiple_of(lax.rem(unit, self._tile.head_groups) * lanes, lanes), lanes)
+
+    def _start_kv(self, unit: Any, stretch: Stretch, place: Any) -> None:
+        first_plane = self._head(unit) * self._tile.shape.pages.planes_per_head
+        visit = self._visit(unit)
+
+        def block(number: Any, _: None) -> None:
+            column = stretch.column + number
+            if self._tile.reads_own:
+                page = self._scalars.tables[visit.row * self._table_width + column]
+            else:
+                page = self._scratch.table[lax.rem(unit, 2), lax.div(column, LANES), lax.rem(column, LANES)]
+            self._block_copy(page + self._scalars.layer[0], first_plane, number, place).start()
+
+        lax.fori_loop(0, stretch.num_blocks, block, None)
+
+        def own(number: Any, _: None) -> None:
+            for copy in self._own_copies(self._head(unit), stretch, number, place):
+                copy.start()
+
+        if self._tile.reads_own:
+            lax.fori_loop(0, stretch.num_own, own, None)
+
+    def _wait_kv(self, stretch: Stretch, place: Any) -> None:
+        lax.fori_loop(0, stretch.num_blocks, lambda number, _: self._block_copy(0, 0, number, place).wait(), None)
+        if self._tile.reads_own:
+
+            def own(number: Any, _: None) -> None:
+                for copy in self._own_copies(0, stretch, number, place):
+                    copy.wait()
+
+            lax.fori_loop(0, stretch.num_own, own, None)
+
+    def _block_copy(self, page: Any, first_plane: Any, number: Any, place: Any) -> Any:
+        rows = pl.ds(pl.multiple_of(number * self._tile.block, self._tile.block), self._tile.block)
+        return pltpu.make_async_copy(
+            self._arrays.pages.at[page, pl.ds(first_plane, self._tile.planes)],
+            self._scratch.kv.at[place, :, rows, :],
+            self._scratch.fetched_kv.at[place],
+        )
+
+    def _own_copies(self, head: Any, stretch: Stretch, number: Any, place: Any) -> list[Any]:
+        """Copies of one stretch of the step's own tokens, one a plane."""
+        size, pages = self._tile.own_tokens, self._tile.shape.pages
+        tokens = pl.ds(pl.multiple_of(stretch.own_token + number * size, size), size)
+        aligned = math.gcd(size, self._tile.block)
+        rows = pl.ds(pl.multiple_of(stretch.num_blocks * self._tile.block + number * size, aligned), size)
+        copies = []
+        for own_ref, planes, first in zip(
+            self._arrays.own, (pages.key_planes, pages.value_planes), (0, pages.key_planes), strict=False
+        ):
+            for index in range(self._tile.heads * planes):
+                lane = pl.multiple_of((head * planes + index) * LANES, LANES)
+                plane = index // planes * pages.planes_per_head + first + index % planes
+                copies.append(
+                    pltpu.make_async_copy(
+                        own_ref.at[tokens, pl.ds(lane, LANES)],
+                        self._scratch.kv.at[place, plane, rows, :],
+                        self._scratch.fetched_kv.at[place],
+                    )
+                )
+        return copies
+
+
+class _StretchWork:
+    """The products and the softmax of one unit."""
+
+    def __init__(self, tile: PrefillTile, sinks_ref: Any, scratch: Scratch) -> None:
+        self._tile, self._sinks, self._scratch = tile, sinks_ref, scratch
+        shape = tile.shape
+        # Without a cap the scale is part of the exponent's factor, and scores are kept as they come.
+        self._score_scale = shape.scale if shape.soft_cap is None else 1.0
+        self._exponent = self._score_scale * math.log2(math.e)
+
+    def begin(self, parity: Any) -> None:
+        """Lays the queries of a unit out in rows of scores, (query head, token)."""
+        tile, scratch = self._tile, self._scratch
+        for head in range(tile.heads):
+            first = head * tile.group * tile.query_lanes
+            for index, values in enumerate(self._queries_of_head(parity, first)):
+                at = slice(index * tile.queries, (index + 1) * tile.queries)
+                scratch.rows[head, at, :] = values.astype(tile.compute_dtype)
+
+    def _queries_of_head(self, parity: Any, first: int) -> list[jax.Array]:
+        tile, queries_ref = self._tile, self._scratch.queries
+        if not tile.packed:
+            width = tile.query_lanes
+            return [queries_ref[parity, :, first + g * width : first + (g + 1) * width] for g in range(tile.group)]
+        halves = []
+        for pair in range(tile.group // 2):
+            both = queries_ref[parity, :, first + pair * LANES : first + (pair + 1) * LANES].astype(jnp.float32)
+            is_low = lax.broadcasted_iota(jnp.int32, both.shape, 1) < HALF
+            # Lanes of values get zero: they meet values there.
+            halves += [jnp.where(is_low, part, 0.0) for part in (both, pltpu.roll(both, HALF, 1))]
+        return halves
+
+    def attend(self, visit: Visit, stretch: Stretch, place: Any, head: Any, is_first: Any) -> None:
+        """Adds the keys of a stretch."""
+        tile, scratch = self._tile, self._scratch
+        pool_keys = stretch.num_blocks * tile.block
+        num_tiles = pl.cdiv(pool_keys + stretch.num_own * tile.own_tokens, tile.keys)
+        scratch.lane_maxima[...] = jnp.full_like(scratch.lane_maxima, softmax.MASKED)
+
+        def first_pass(number: Any, _: None) -> None:
+            edges = _Edges(tile, visit, stretch, pl.multiple_of(number * tile.keys, tile.keys))
+
+            @pl.when(edges.is_plain)
+            def _plain() -> None:
+                self._scores(number, place, None)
+
+            @pl.when(jnp.logical_not(edges.is_plain))
+            def _edge() -> None:
+                @pl.when(edges.has_others)
+                def _others() -> None:
+                    self._clear_values(edges, place)
+
+                self._scores(number, place, edges.seen())
+
+        lax.fori_loop(0, num_tiles, first_pass, None)
+        self._join_maxima(head, is_first)
+        lax.fori_loop(0, num_tiles, lambda number, _: self._weigh(number, place), None)
+
+    def _keys_of(self, head: int, number: Any, place: Any, values: bool) -> jax.Array:
+        """Keys or values of a head in a tile, [N, lanes]."""
+        tile, pages = self._tile, self._tile.shape.pages
+        first = pages.first_value_plane(head) if values else pages.first_key_plane(head)
+        count = pages.value_planes if values else pages.key_planes
+        rows = pl.ds(pl.multiple_of(number * tile.keys, tile.keys), tile.keys)
+        planes = [self._scratch.kv[place, first + i, rows, :] for i in range(count)]
+        joined = planes[0] if count == 1 else jnp.concatenate(planes, axis=1)
+        return joined.astype(tile.compute_dtype)
+
+    def _scores(self, number: Any, place: Any, seen: jax.Array | None) -> None:
+        tile, scratch, cap = self._tile, self._scratch, self._tile.shape.soft_cap
+        parts = tile.keys // LANES
+        for head in range(tile.heads):
+            products = softmax.scores(scratch.rows[head], self._keys_of(head, number, place, values=False))
+            if cap is not None:
+                products = cap * jnp.tanh(products * (tile.shape.scale / cap))
+            if seen is not None:
+                by_query = products.reshape(tile.group, tile.queries, tile.keys)
+                products = jnp.where(seen[None], by_query, softmax.MASKED).reshape(tile.rows, tile.keys)
+            lanes = [products[:, i * LANES : (i + 1) * LANES] for i in range(parts)]
+            for i, part in enumerate(lanes):
+                scratch.scores[head, number * parts + i] = part
+            scratch.lane_maxima[head] = _fold(jnp.maximum, [scratch.lane_maxima[head], *lanes])
+
+    def _join_maxima(self, head: Any, is_first: Any) -> None:
+        """The maximum of each row over all its keys, and what is summed so far made relative to it."""
+        tile, scratch = self._tile, self._scratch
+        for index in range(tile.heads):
+            joined = jnp.max(scratch.lane_maxima[index], axis=1, keepdims=True)
+            new = jnp.broadcast_to(joined, (tile.rows, LANES))
+            if tile.one_pass:
+                scratch.maxima[index] = new if self._sinks is None else jnp.maximum(new, self._sink_rows(head, index))
+                scratch.sums[index] = jnp.zeros_like(scratch.sums[index])
+                scratch.weighted[index] = jnp.zeros_like(scratch.weighted[index])
+                continue
+            lowest = jnp.full_like(new, softmax.MASKED) if self._sinks is None else self._sink_rows(head, index)
+            old = jnp.where(is_first, lowest, scratch.maxima[index])
+            new = jnp.maximum(new, old)
+            shrink = jnp.where(is_first, 0.0, jnp.exp2((old - new) * self._exponent))
+            scratch.maxima[index] = new
+            # What an accumulator holds before the first stretch is not a number that could be shrunk.
+            sums, weighted = scratch.sums[index], scratch.weighted[index]
+            scratch.sums[index] = jnp.where(is_first, 0.0, sums) * shrink
+            wide = jnp.concatenate([shrink] * tile.shape.pages.value_planes, axis=1)
+            scratch.weighted[index] = jnp.where(is_first, 0.0, weighted) * wide
+
+    def _sink_rows(self, head: Any, index: int) -> jax.Array:
+        """The sinks as scores of a kv head's rows, f32[R, 128]."""
+        tile = self._tile
+        first = (head + index) * tile.group
+        scores = [self._sinks[first + g] * (1.0 / self._score_scale) for g in range(tile.group)]
+        return jnp.concatenate([jnp.full((tile.queries, LANES), score, jnp.float32) for score in scores], axis=0)
+
+    def _weigh(self, number: Any, place: Any) -> None:
+        tile, scratch = self._tile, self._scratch
+        parts = tile.keys // LANES
+        for head in range(tile.heads):
+            maxima = scratch.maxima[head]
+            scores = [scratch.scores[head, number * parts + i] for i in range(parts)]
+            weights = [jnp.exp2((part - maxima) * self._exponent) for part in scores]
+            scratch.sums[head] = _fold(jnp.add, [scratch.sums[head], *weights])
+            values = self._keys_of(head, number, place, values=True)
+            scratch.weighted[head] += softmax.weighted_sum(jnp.concatenate(weights, axis=1), values)
+
+    def _clear_values(self, edges: _Edges, place: Any) -> None:
+        """Values of what is no key of the row become 0: they may be NaN, and 0 · NaN is NaN."""
+        pages = self._tile.shape.pages
+        rows = pl.ds(edges.first, self._tile.keys)
+        is_key = edges.positions(0) != NOT_A_KEY
+        for head in range(self._tile.heads):
+            for i in range(pages.value_planes):
+                plane = self._scratch.kv.at[place, pages.first_value_plane(head) + i, rows, :]
+                old = plane[...].astype(jnp.float32)
+                plane[...] = jnp.where(is_key, old, 0.0).astype(plane.dtype)
+
+    def finish(self, outputs_ref: Any, head: Any, mine: jax.Array | None) -> None:
+        """Divides by the sums and lays the outputs out by token; where ``mine`` says no, what was there stays."""
+        tile, scratch = self._tile, self._scratch
+        for index in range(tile.heads):
+            total = jnp.sum(scratch.sums[index], axis=1, keepdims=True)
+            if self._sinks is not None:
+                relative = (self._sink_rows(head, index) - scratch.maxima[index])[:, :1]
+                total += jnp.exp2(relative * self._exponent)
+            results = scratch.weighted[index] * (1.0 / total)
+            by_head = [results[g * tile.queries : (g + 1) * tile.queries] for g in range(tile.group)]
+            if tile.packed:
+                by_head = [_side_by_side(low, high) for low, high in zip(by_head[::2], by_head[1::2], strict=True)]
+            width = by_head[0].shape[1]
+            for g, result in enumerate(by_head):
+                lanes = slice((index * len(by_head) + g) * width, (index * len(by_head) + g + 1) * width)
+                if mine is not None:
+                    result = jnp.where(mine, result, outputs_ref[:, lanes].astype(jnp.float32))
+                outputs_ref[:, lanes] = result.astype(outputs_ref.dtype)
+
+
+class _Edges:
+    """Where the keys of one tile lie, and which of them queries see."""
+
+    def __init__(self, tile: PrefillTile, visit: Visit, stretch: Stretch, first: Any) -> None:
+        self._tile, self._visit, self._stretch, self.first = tile, visit, stretch, first
+        self._pool_keys = stretch.num_blocks * tile.block
+        end = first + tile.keys
+        in_pool, in_own = end <= self._pool_keys, first >= self._pool_keys
+        # Positions of own keys from the token they lie at.
+        self._own_shift = visit.start - visit.begin + stretch.own_token - self._pool_keys
+        lowest = first + jnp.where(in_pool, stretch.position, self._own_shift)
+        highest = lowest + tile.keys - 1
+        # Nobody need have written what lies in the oldest block before the first key.
+        self._first_key = 0 if tile.shape.window is None else _first_key(tile, visit)
+        first_key = jnp.where(in_pool, self._first_key, visit.start)
+        last_key = jnp.where(in_pool, stretch.pool_end, visit.start + visit.end - visit.begin) - 1
+        self.has_others = jnp.logical_not((in_pool | in_own) & (lowest >= first_key) & (highest <= last_key))
+        plain = jnp.logical_not(self.has_others) & (highest <= visit.first_query)
+        window = tile.shape.window
+        self.is_plain = plain if window is None else plain & (lowest > visit.last_query - window)
+
+    def positions(self, axis: int) -> jax.Array:
+        """Positions of the tile's keys along ``axis``, i32[N, 1] or [1, N]; ``NOT_A_KEY`` for what is none."""
+        tile, visit, stretch = self._tile, self._visit, self._stretch
+        shape = (tile.keys, 1) if axis == 0 else (1, tile.keys)
+        index = self.first + lax.broadcasted_iota(jnp.int32, shape, axis)
+        pool = index + stretch.position
+        pool = jnp.where((pool >= self._first_key) & (pool < stretch.pool_end), pool, NOT_A_KEY)
+        if not tile.reads_own:
+            return jnp.where(index < self._pool_keys, pool, NOT_A_KEY)
+        own = index + self._own_shift
+        end = visit.start + visit.end - visit.begin
+        own = jnp.where((own >= visit.start) & (own < end), own, NOT_A_KEY)
+        return jnp.where(index < self._pool_keys, pool, own)
+
+    def seen(self) -> jax.Array:
+        """bool[queries, N]: which keys each query of the tile sees."""
+        visit, window = self._visit, self._tile.shape.window
+        keys = self.positions(1)
+        first = visit.start + visit.token - visit.begin
+        queries = first + lax.broadcasted_iota(jnp.int32, (self._tile.queries, 1), 0)
+        seen = keys <= queries
+        return seen if window is None else seen & (keys > queries - window)
+
+
+def _first_key(tile: PrefillTile, visit: Visit) -> Any:
+    """The lowest position that any query of a windowed visit sees."""
+    assert tile.shape.window is not None
+    return jnp.maximum(visit.first_query - (tile.shape.window - 1), visit.context)
+
+
+def _fold(combine: Callable[[jax.Array, jax.Array], jax.Array], parts: Sequence[jax.Array]) -> jax.Array:
+    """All parts combined, as a tree so that few wait for few."""
+    while len(parts) > 1:
+        pairs = [combine(a, b) for a, b in zip(parts[::2], parts[1::2], strict=False)]
+        parts = pairs + list(parts[2 * len(pairs) :])
+    return parts[0]
+
+
+def _side_by_side(low: jax.Array, high: jax.Array) -> jax.Array:
+    """Two heads' values, each in the upper half of its lanes, in one row: the first in the lower half."""
+    is_low = lax.broadcasted_iota(jnp.int32, low.shape, 1) < HALF
+    return jnp.where(is_low, pltpu.roll(low, HALF, 1), high)

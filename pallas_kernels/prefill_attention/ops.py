@@ -1,0 +1,170 @@
+"""Attention of rows with more than one query: validation, choice of tiles, the call.
+
+Owns: the public functions. Must never: write the pool; what a step adds to it is written before (``kv_update``).
+
+Axis letters: T tokens, S rows, H query heads, K kv heads, D head dim.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.pages import LANES, AttentionShape, as_pages, token_planes
+from pallas_kernels.prefill_attention.kernel import prefill_kernel
+from pallas_kernels.prefill_attention.tile import PrefillTile, choose_tile
+from pallas_kernels.prefill_rows import PrefillRows, StepTokens, prefill_rows
+
+VMEM_LIMIT_BYTES = 60 << 20
+"""What a call may take of VMEM; the smallest memory of a supported chip is 64 MiB a core."""
+
+
+class PrefillInputs(NamedTuple):
+    """Arrays of one layer.
+
+    Attributes:
+        queries: [T, H, Dk].
+        keys: [T, K, Dk] of the step's tokens, KV dtype; windowed layers alone look at them.
+        values: [T, K, Dv].
+        arena: [1, rows, 128] of this chip, with the step's K/V written.
+        layer: i32[], index in the group.
+        rows: visits and tables, made for the query tile of ``query_tile``.
+        outputs: [T, H, Dv], dtype of the queries: what tokens that no row of ``rows`` has keep.
+        sinks: f32[H], a learned score of each head that takes probability and gives nothing; or None.
+    """
+
+    queries: jax.Array
+    keys: jax.Array
+    values: jax.Array
+    arena: jax.Array
+    layer: jax.Array
+    rows: PrefillRows
+    outputs: jax.Array
+    sinks: jax.Array | None = None
+
+
+def rows_of_step(
+    shape: AttentionShape, tables: jax.Array, tokens: StepTokens, num_tokens: int, dtypes: tuple[jnp.dtype, jnp.dtype]
+) -> PrefillRows:
+    """Rows as ``prefill`` wants them for these shapes; ``dtypes`` are those of K/V and of queries."""
+    return prefill_rows(shape, tables, tokens, num_tokens, choose_tile(shape, num_tokens, *dtypes).queries)
+
+
+def prefill(shape: AttentionShape, inputs: PrefillInputs, interpret: bool | pltpu.InterpretParams = False) -> jax.Array:
+    """Attends for every query of the rows.
+
+    Returns:
+        outputs [T, H, Dv] in the dtype of the queries, in place of ``inputs.outputs``.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit together.
+    """
+    _check(shape, inputs)
+    tile = choose_tile(shape, inputs.queries.shape[0], inputs.arena.dtype, inputs.queries.dtype)
+    return run(tile, inputs, interpret)
+
+
+def run(tile: PrefillTile, inputs: PrefillInputs, interpret: bool | pltpu.InterpretParams = False) -> jax.Array:
+    """``prefill`` with tiles chosen elsewhere."""
+    shape, pages = tile.shape, tile.shape.pages
+    own = _own_arrays(tile, inputs)
+    queries = _by_token(inputs.queries, tile.query_lanes)
+    outputs = _by_token(inputs.outputs, tile.output_lanes)
+    tables = [] if tile.reads_own else [inputs.rows.tables]
+    sinks = [] if inputs.sinks is None else [inputs.sinks.astype(jnp.float32)]
+    anywhere = pl.BlockSpec(memory_space=pl.ANY)
+    in_smem = pl.BlockSpec(memory_space=pltpu.SMEM)
+    arrays = [queries, *own, as_pages(inputs.arena, pages), *tables]
+    result = pl.pallas_call(
+        prefill_kernel(tile, (len(own), len(sinks)), table_width=inputs.rows.tables.shape[1]),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=4,
+            grid=(1,),
+            in_specs=[*(anywhere for _ in arrays), *(in_smem for _ in sinks), anywhere],
+            out_specs=anywhere,
+            scratch_shapes=_scratch(tile, inputs),
+        ),
+        out_shape=jax.ShapeDtypeStruct(outputs.shape, outputs.dtype),
+        input_output_aliases={4 + len(arrays) + len(sinks): 0},
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("arbitrary",), vmem_limit_bytes=VMEM_LIMIT_BYTES, disable_bounds_checks=True
+        ),
+        interpret=interpret,
+        name="windowed_prefill" if tile.reads_own else "paged_prefill",
+    )(
+        inputs.rows.visits,
+        inputs.rows.num_visits,
+        inputs.layer.reshape(1),
+        inputs.rows.tables.reshape(-1) if tile.reads_own else jnp.zeros((1,), jnp.int32),
+        *arrays,
+        *sinks,
+        outputs,
+    )
+    by_head = result.reshape(tile.num_tokens, shape.num_heads, tile.output_lanes)
+    begin = 0 if tile.packed else pages.value_lane
+    return by_head[..., begin : begin + pages.value_dim]
+
+
+def _by_token(values: jax.Array, lanes: int) -> jax.Array:
+    """[T, H, D] as [T, H · lanes], each head padded with zeros."""
+    padded = jnp.pad(values, ((0, 0), (0, 0), (0, lanes - values.shape[-1])))
+    return padded.reshape(values.shape[0], -1)
+
+
+def _own_arrays(tile: PrefillTile, inputs: PrefillInputs) -> list[jax.Array]:
+    """The step's own keys and values by token, as planes lie in a page; none where the pool has them."""
+    pages = tile.shape.pages
+    if not tile.reads_own:
+        return []
+    if pages.shares_plane:
+        return [token_planes(inputs.keys, inputs.values, pages).reshape(tile.num_tokens, -1)]
+    keys = _by_token(inputs.keys, pages.key_planes * LANES)
+    return [keys, _by_token(inputs.values, pages.value_planes * LANES)]
+
+
+def _scratch(tile: PrefillTile, inputs: PrefillInputs) -> list[Any]:
+    """In the order of ``kernel.Scratch``."""
+    pages, heads, rows = tile.shape.pages, tile.heads, tile.rows
+    table_rows = 1 if tile.reads_own else inputs.rows.tables.shape[1]
+    lanes_in, lanes_out = heads * tile.group * tile.query_lanes, heads * tile.group * tile.output_lanes
+    of_rows = pltpu.VMEM((heads, rows, LANES), jnp.float32)
+    return [
+        pltpu.VMEM((2, tile.queries, lanes_in), inputs.queries.dtype),
+        pltpu.VMEM((2, tile.planes, tile.held_keys, LANES), inputs.arena.dtype),
+        pltpu.VMEM((2, tile.queries, lanes_out), inputs.outputs.dtype),
+        pltpu.VMEM((heads, rows, pages.key_planes * LANES), tile.compute_dtype),
+        pltpu.VMEM((heads, tile.held_keys // LANES, rows, LANES), jnp.float32),
+        of_rows,
+        of_rows,
+        of_rows,
+        pltpu.VMEM((heads, rows, pages.value_planes * LANES), jnp.float32),
+        pltpu.SMEM((2, table_rows, LANES), jnp.int32),
+        pltpu.SemaphoreType.DMA((2,)),
+        pltpu.SemaphoreType.DMA((2,)),
+        pltpu.SemaphoreType.DMA((2,)),
+        pltpu.SemaphoreType.DMA((2,)),
+    ]
+
+
+def _check(shape: AttentionShape, inputs: PrefillInputs) -> None:
+    pages, num_tokens = shape.pages, inputs.queries.shape[0]
+    expected = {
+        "queries": (inputs.queries, (num_tokens, shape.num_heads, pages.key_dim)),
+        "keys": (inputs.keys, (num_tokens, pages.num_kv_heads, pages.key_dim)),
+        "values": (inputs.values, (num_tokens, pages.num_kv_heads, pages.value_dim)),
+        "outputs": (inputs.outputs, (num_tokens, shape.num_heads, pages.value_dim)),
+    }
+    for name, (array, wanted) in expected.items():
+        if array.shape != wanted:
+            raise ValueError(f"{name} has shape {array.shape}; {wanted} is needed")
+    if num_tokens < 16 or num_tokens & (num_tokens - 1):
+        raise ValueError(f"{num_tokens} tokens; a power of two of at least 16 is needed")
+    if inputs.keys.dtype != inputs.arena.dtype or inputs.values.dtype != inputs.arena.dtype:
+        raise ValueError(
+            f"keys are {inputs.keys.dtype}, values {inputs.values.dtype}, the pool {inputs.arena.dtype}; round them to "
+            "the pool's dtype"
+        )

@@ -1,0 +1,74 @@
+"""Prefill attention in plain jnp, one visit after the other: what the kernel must agree with.
+
+Owns: the meaning of the kernel's arguments. Must never: be fast.
+
+Axis letters: T tokens, H query heads, K kv heads, D head dim, C planes, P token slots of a block, N keys.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.pages import LANES, AttentionShape, as_pages
+from pallas_kernels.prefill_attention.ops import PrefillInputs
+from pallas_kernels.prefill_rows import VISIT_FIELDS
+
+
+def prefill_reference(shape: AttentionShape, inputs: PrefillInputs, query_tile: int) -> jax.Array:
+    """Outputs f32[T, H, Dv] as ``ops.prefill`` gives them; ``query_tile`` is that of ``inputs.rows``."""
+    outputs = inputs.outputs.astype(jnp.float32)
+    for number in range(int(inputs.rows.num_visits[0])):
+        fields = inputs.rows.visits[number * VISIT_FIELDS : (number + 1) * VISIT_FIELDS].tolist()
+        row, tile, begin, end, start, context = fields
+        keys, values = _keys_values(shape, inputs, (row, begin, end, start, context))
+        first_position = context if shape.window is not None else 0
+        for token in range(max(begin, tile * query_tile), min(end, (tile + 1) * query_tile)):
+            position = start + token - begin
+            lowest = first_position if shape.window is None else max(first_position, position - shape.window + 1)
+            seen = slice(lowest, position + 1)
+            outputs = outputs.at[token].set(_attend(shape, inputs, token, (keys[seen], values[seen])))
+    return outputs
+
+
+def _keys_values(
+    shape: AttentionShape, inputs: PrefillInputs, row_fields: tuple[int, int, int, int, int]
+) -> tuple[jax.Array, jax.Array]:
+    """Keys and values f32[N, K, D] of a row by position, those nobody may look at NaN."""
+    row, begin, end, start, context = row_fields
+    pages, length = shape.pages, start + end - begin
+    view = as_pages(inputs.arena, pages)
+    if shape.window is None:
+        first, last = 0, length
+        table = inputs.rows.tables[row].reshape(-1)
+    else:
+        first, last = max(start - shape.window + 1, context) // pages.block_size * pages.block_size, start
+        table = inputs.rows.tables[row]
+    blocks = table[: -(-max(last - first, 0) // pages.block_size)] + inputs.layer
+    lanes = pages.planes_per_head * LANES
+    planes = view[blocks].swapaxes(1, 2).reshape(-1, pages.num_kv_heads, lanes)[: max(last - first, 0)]
+    value_begin = pages.value_lane if pages.shares_plane else pages.key_planes * LANES
+    filled = jnp.full((length, pages.num_kv_heads, lanes), jnp.nan, jnp.float32)
+    filled = filled.at[first : first + planes.shape[0]].set(planes.astype(jnp.float32))
+    keys, values = filled[..., : pages.key_dim], filled[..., value_begin : value_begin + pages.value_dim]
+    if shape.window is not None:
+        keys = keys.at[start:].set(inputs.keys[begin:end].astype(jnp.float32))
+        values = values.at[start:].set(inputs.values[begin:end].astype(jnp.float32))
+    return keys, values
+
+
+def _attend(
+    shape: AttentionShape, inputs: PrefillInputs, token: int, keys_values: tuple[jax.Array, jax.Array]
+) -> jax.Array:
+    keys, values = keys_values
+    kv_heads = shape.pages.num_kv_heads
+    queries = inputs.queries[token].astype(jnp.float32).reshape(kv_heads, -1, shape.pages.key_dim)
+    with jax.default_matmul_precision("highest"):
+        scores = jnp.einsum("kgd,nkd->kgn", queries, keys) * shape.scale
+        if shape.soft_cap is not None:
+            scores = shape.soft_cap * jnp.tanh(scores / shape.soft_cap)
+        if inputs.sinks is not None:
+            sinks = inputs.sinks.astype(jnp.float32).reshape(kv_heads, -1, 1)
+            scores = jnp.concatenate([scores, sinks], axis=-1)
+        weights = jax.nn.softmax(scores, axis=-1)[..., : keys.shape[0]]
+        return jnp.einsum("kgn,nkd->kgd", weights, values).reshape(shape.num_heads, -1)

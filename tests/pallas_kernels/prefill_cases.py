@@ -1,0 +1,114 @@
+"""A pool, tables and rows for prefill kernels, with NaN wherever no key of a row lies: in the pool, and among tokens."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.pages import LANES, AttentionShape, token_planes
+from pallas_kernels.prefill_attention.ops import PrefillInputs
+from pallas_kernels.prefill_attention.tile import PrefillTile, choose_tile
+from pallas_kernels.prefill_rows import StepTokens, prefill_rows
+
+NUM_LAYERS = 2
+LAYER = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class PrefillCase:
+    """One call.
+
+    ``rows`` are (position of the first query, number of queries, context start) of the rows that prefill;
+    ``decode_rows`` tokens before them and all after them belong to nobody. ``tile`` holds changes to the plan.
+    """
+
+    shape: AttentionShape
+    rows: tuple[tuple[int, int, int], ...]
+    num_tokens: int
+    decode_rows: int = 0
+    dtype: str = "float32"
+    query_dtype: str = "float32"
+    sinks: bool = False
+    tile: tuple[tuple[str, int], ...] = ()
+    seed: int = 0
+
+    @property
+    def plan(self) -> PrefillTile:
+        chosen = choose_tile(self.shape, self.num_tokens, jnp.dtype(self.dtype), jnp.dtype(self.query_dtype))
+        changed = dataclasses.replace(chosen, **dict(self.tile))
+        changed.check()
+        return changed
+
+    @property
+    def tokens(self) -> StepTokens:
+        lengths = [1] * self.decode_rows + [length for _, length, _ in self.rows] + [0]
+        starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+        num_rows = self.decode_rows + len(self.rows)
+        positions = [7] * self.decode_rows + [start for start, _, _ in self.rows] + [0]
+        contexts = [0] * self.decode_rows + [context for _, _, context in self.rows] + [0]
+        # Rows are not lanes; the last row is padding.
+        lanes = np.random.default_rng(self.seed).permutation(num_rows + 2)[: num_rows + 1]
+        arrays = (lanes, positions, contexts, starts, self.decode_rows, num_rows)
+        return StepTokens(*(jnp.asarray(array, jnp.int32) for array in arrays))
+
+    def inputs(self) -> PrefillInputs:
+        rng = np.random.default_rng(self.seed)
+        pages, tokens = self.shape.pages, self.tokens
+        longest = max(start + length for start, length, _ in self.rows)
+        width = self.shape.table_width if self.shape.window is not None else -(-longest // pages.block_size) + 1
+        num_lanes = tokens.lanes.shape[0] + 1
+        num_blocks = num_lanes * width + 3
+        tables = (rng.permutation(num_blocks)[: num_lanes * width].reshape(num_lanes, width) * NUM_LAYERS).astype(
+            np.int32
+        )
+        pool = np.full((num_blocks * NUM_LAYERS, pages.num_planes, pages.block_size, LANES), np.nan, np.float32)
+        heads = pages.num_kv_heads
+        keys = np.full((self.num_tokens, heads, pages.key_dim), np.nan, np.float32)
+        values = np.full((self.num_tokens, heads, pages.value_dim), np.nan, np.float32)
+        for number, (start, length, context) in enumerate(self.rows, start=self.decode_rows):
+            first_token = int(tokens.query_starts[number])
+            own = slice(first_token, first_token + length)
+            keys[own], values[own] = (rng.standard_normal(a[own].shape) for a in (keys, values))
+            first = 0 if self.shape.window is None else max(start - self.shape.window + 1, context)
+            end = start + length if self.shape.window is None else start
+            table = tables[int(tokens.lanes[number])]
+            self._fill(rng, pool, table, (first, end))
+        normal = lambda *s: jnp.asarray(rng.standard_normal(s), jnp.float32)  # noqa: E731
+        dtype, query_dtype = jnp.dtype(self.dtype), jnp.dtype(self.query_dtype)
+        rows = prefill_rows(self.shape, jnp.asarray(tables), tokens, self.num_tokens, self.plan.queries)
+        return PrefillInputs(
+            normal(self.num_tokens, self.shape.num_heads, pages.key_dim).astype(query_dtype),
+            jnp.asarray(keys).astype(dtype),
+            jnp.asarray(values).astype(dtype),
+            jnp.asarray(pool).astype(dtype).reshape(1, -1, LANES),
+            jnp.asarray(LAYER, jnp.int32),
+            rows,
+            normal(self.num_tokens, self.shape.num_heads, pages.value_dim).astype(query_dtype),
+            normal(self.shape.num_heads) if self.sinks else None,
+        )
+
+    def _fill(self, rng: np.random.Generator, pool: np.ndarray, table: np.ndarray, span: tuple[int, int]) -> None:
+        pages = self.shape.pages
+        count = max(span[1] - span[0], 0)
+        shapes = ((count, pages.num_kv_heads, dim) for dim in (pages.key_dim, pages.value_dim))
+        arrays = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in shapes)
+        planes = np.asarray(token_planes(*arrays, pages))
+        for index, position in enumerate(range(*span)):
+            page = table[position // pages.block_size % len(table)] + LAYER
+            pool[page, :, position % pages.block_size] = planes[index]
+
+
+def allowed_error(case: PrefillCase) -> float:
+    """Of outputs of about 1: weights and keys in bfloat16 are off by a part in 256."""
+    return 3e-5 if case.plan.compute_dtype == jnp.float32 else 3e-2
+
+
+def live_mask(case: PrefillCase) -> jax.Array:
+    """bool[T, 1, 1]: tokens that a row has."""
+    token = jnp.arange(case.num_tokens)
+    tokens = case.tokens
+    first, last = tokens.query_starts[tokens.first_row], tokens.query_starts[tokens.end_row]
+    return ((token >= first) & (token < last))[:, None, None]
