@@ -18,6 +18,7 @@ from hkv_jax.engine.step_result import StepResult
 from hkv_jax.engine.token_event import TokenEvent
 from hkv_jax.kvcache.layout import KVLayout
 from hkv_jax.kvcache.manager import CacheManager
+from hkv_jax.kvcache.policy import CachePolicy
 
 logger = logging.getLogger(__name__)
 
@@ -79,9 +80,11 @@ class Engine:
         self._failures: dict[str, int] = {}  # steps of a request that failed since it last got a token
 
     @classmethod
-    def over(cls, layout: KVLayout, config: SchedulerConfig, runner: StepRunner) -> Self:
+    def over(
+        cls, layout: KVLayout, config: SchedulerConfig, runner: StepRunner, policy: CachePolicy | None = None
+    ) -> Self:
         """An idle engine with a scheduler and a cache of its own; ``runner`` is made for the same layout and limits."""
-        cache = CacheManager(layout, config.max_num_seqs)
+        cache = CacheManager(layout, config.max_num_seqs, policy)
         return cls(Scheduler(config, cache), cache, runner)
 
     @property

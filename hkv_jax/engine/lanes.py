@@ -26,6 +26,7 @@ class Lanes:
         limits i32: no query at or above this position: the sequence then has all the tokens it may have.
         decoding bool: the next query is the token the lane drew last.
         prompt_lens, min_tokens, samples, top_k, num_logprobs i32: as in ``StepFields``.
+        record_at i32: when it has computed so many tokens, a block is full that the prefix cache does not know yet.
         context_starts i32: below it the lane's sliding groups hold nothing; 0 but after a rebuilt prefix.
         seeds i32[num_lanes, 2]: high and low seed word, the bits of two u32.
         floats f32[6, num_lanes]: the rows of ``FLOAT_FIELDS``.
@@ -43,6 +44,7 @@ class Lanes:
         self.top_k = np.zeros(num_lanes, np.int32)
         self.num_logprobs = np.zeros(num_lanes, np.int32)
         self.context_starts = np.zeros(num_lanes, np.int32)
+        self.record_at = np.zeros(num_lanes, np.int32)
         self.seeds = np.zeros((num_lanes, 2), np.int32)
         self.floats = np.zeros((len(FLOAT_FIELDS), num_lanes), np.float32)
         self._free = list(range(num_lanes))

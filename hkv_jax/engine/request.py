@@ -14,6 +14,7 @@ from collections.abc import Sequence as SequenceOf
 import numpy as np
 from numpy.typing import NDArray
 
+from hkv_jax.engine.prefill import Prefill
 from hkv_jax.errors import RequestError
 from hkv_jax.kvcache.prefix_match import PrefixUse
 from hkv_jax.outputs import FinishReason, TokenLogprob
@@ -99,6 +100,7 @@ class Sequence:
         prompt_logprobs: of the prompt tokens read so far, from the first on; ``None`` when nobody asked.
         prefix: how the present (or latest) admission uses cached K/V; ``None`` before the first.
         first_prefix: the same of the first admission, which is what usage reports.
+        prefill: its place in the prefix cache while it waits and runs; a new one each time it is queued.
     """
 
     request: Request
@@ -114,6 +116,7 @@ class Sequence:
     prompt_logprobs: list[TokenLogprob] | None = None
     prefix: PrefixUse | None = None
     first_prefix: PrefixUse | None = None
+    prefill: Prefill = dataclasses.field(default_factory=Prefill.empty)
     finish_reason: FinishReason | None = None
     stop_reason: int | None = None
 

@@ -17,13 +17,16 @@ class BlockTable:
 
     ``start`` and ``end`` are the chunk last extended to. Decode steps that need neither a block nor a release go
     unreported, so tokens up to ``capacity`` may be there. ``reach`` is one past the highest block number ever held.
-    ``lost`` are the positions of that chunk whose K/V went nowhere.
+    ``lost`` are the positions of that chunk whose K/V went nowhere. K/V of positions below ``cached_end`` was there
+    before and is not written again. ``first_kept`` is the lowest block number of the chunk that has memory.
 
-    Invariants. T1: ``len(ids) == ceil(end / P) - first_block``. T2: a released block is removed from the table, never
-    overwritten. Holes occur in sliding groups only.
+    Invariants. T1: ``len(ids) == ceil(max(end, cached_end) / P) - first_block``. T2: a released block is removed from
+    the table, never overwritten. Holes occur in sliding groups only.
     """
 
-    __slots__ = ("block_size", "end", "first_block", "ids", "lost", "reach", "start", "window")
+    __slots__ = (
+        "block_size", "cached_end", "end", "first_block", "first_kept", "ids", "lost", "reach", "start", "window"
+    )  # fmt: skip
 
     def __init__(self, block_size: int, window: int | None) -> None:
         """``block_size`` P and ``window`` W in tokens; W is ``None`` in a global group."""
@@ -35,6 +38,21 @@ class BlockTable:
         self.end = 0
         self.lost = range(0)
         self.reach = 0
+        self.cached_end = 0
+        self.first_kept = 0
+
+    def load(self, start: int, ids: list[int], cached_end: int) -> None:
+        """Begins an empty table at position ``start`` with cached blocks.
+
+        In a global group ``ids`` are all blocks below ``cached_end``; in a sliding one those before ``start``, or none.
+        """
+        self.start = self.end = start
+        self.ids = list(ids)
+        if self.window is None:
+            self.cached_end = cached_end
+        else:
+            self.first_block = start // self.block_size - len(ids)
+        self.reach = self.first_block + len(ids)
 
     @property
     def capacity(self) -> int:
@@ -74,25 +92,29 @@ class BlockTable:
         self.first_block = number
         return released
 
-    def num_missing(self, end: int) -> int:
-        """Blocks the table lacks for tokens up to ``end``, those that no later position can attend to left out."""
-        next_number = self.first_block + len(self.ids)
-        return max(0, -(-end // self.block_size) - max(next_number, self.first_live(end)))
+    def num_missing(self, end: int, keep_from: int) -> int:
+        """Blocks the table lacks for tokens up to ``end``.
 
-    def extend(self, start: int, end: int, blocks: Iterable[int]) -> None:
-        """Appends holes and then ``blocks`` (as many as ``num_missing(end)`` said) for the chunk ``[start, end)``.
+        Those that no position from ``keep_from`` (at most ``end``) on can attend to are left out.
+        """
+        next_number = self.first_block + len(self.ids)
+        return max(0, -(-end // self.block_size) - max(next_number, self.first_live(keep_from)))
+
+    def extend(self, start: int, end: int, keep_from: int, blocks: Iterable[int]) -> None:
+        """Appends holes and then ``blocks``, as many as ``num_missing`` said, for the chunk ``[start, end)``.
 
         An empty table needs no holes: it begins at the first block that stays.
         """
         next_number = self.first_block + len(self.ids)
-        num_holes = min(self.first_live(end), -(-end // self.block_size)) - next_number
+        self.first_kept = self.first_live(keep_from)
+        num_holes = min(self.first_kept, -(-end // self.block_size)) - next_number
         if num_holes > 0 and self.ids:
             self.ids.extend([HOLE] * num_holes)
         elif num_holes > 0:
             self.first_block += num_holes
         self.ids.extend(blocks)
         self.start, self.end = start, end
-        self.lost = range(start, self.first_live(end) * self.block_size)
+        self.lost = range(start, self.first_kept * self.block_size)
         self.reach = max(self.reach, self.first_block + len(self.ids))
 
     def check_return(self, num_tokens: int) -> None:
@@ -117,6 +139,7 @@ class BlockTable:
             self.reach = 0
         self.end = num_tokens
         self.start = min(self.start, num_tokens)
+        self.cached_end = min(self.cached_end, num_tokens)
         return dropped
 
     def holds(self, first: int, stop: int) -> bool:
@@ -129,7 +152,8 @@ class BlockTable:
     def check_invariants(self) -> None:
         """Asserts T1 and that holes are where they may be."""
         assert self.start <= self.end, "T1: the last chunk ends before it starts"
-        assert len(self.ids) == -(-self.end // self.block_size) - self.first_block, "T1: wrong number of blocks"
+        end = max(self.end, self.cached_end)
+        assert len(self.ids) == -(-end // self.block_size) - self.first_block, "T1: wrong number of blocks"
         holes = [self.first_block + i for i, block in enumerate(self.ids) if block == HOLE]
         assert not holes or self.window is not None, "T1: a hole in a global group"
         assert all(number < self.first_live(self.end) for number in holes), "T1: a hole inside the window"

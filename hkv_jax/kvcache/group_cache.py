@@ -27,6 +27,7 @@ class GroupCache:
         self.layout = layout
         self.pool = BlockPool(layout.blocks_per_slab, num_arena_slabs, layout.initial_slabs)
         self.block_size = layout.format.block_size
+        self.window = layout.spec.window
         self.width = layout.table_width
         self.tables = [BlockTable(self.block_size, layout.spec.window) for _ in range(num_lanes)]
         self.num_released_early = 0
@@ -34,28 +35,69 @@ class GroupCache:
         # Page of the block that the lane's next decode step writes to, HOLE where there is none.
         self._current_pages = np.full(num_lanes, HOLE, np.int32)
 
-    def release_window(self, lane: int, start: int) -> None:
-        """Returns the blocks that no position from ``start`` on attends to."""
+    def first_live(self, num_tokens: int) -> int:
+        """The lowest block number that position ``num_tokens`` or a later one can still attend to."""
+        return 0 if self.window is None else max(0, num_tokens - self.window + 1) // self.block_size
+
+    def release_window(self, lane: int, start: int) -> bool:
+        """Returns the blocks that no position from ``start`` on attends to; whether the prefix cache keeps any."""
         table = self.tables[lane]
         released = table.release_below(table.first_live(start))
         if released:
             self.pool.release(released)
             self.num_released_early += len(released)
+        return any(self.pool.keeps(block) for block in released)
 
-    def num_missing(self, lane: int, end: int) -> int:
-        """Blocks to allocate before tokens up to ``end`` have room."""
-        return self.tables[lane].num_missing(end)
+    def num_missing(self, lane: int, end: int, keep_from: int) -> int:
+        """Blocks to allocate before tokens up to ``end`` have room, and the window before ``keep_from`` stays."""
+        return self.tables[lane].num_missing(end, keep_from)
 
-    def grow(self, lane: int, start: int, end: int) -> None:
+    @property
+    def window_blocks(self) -> int:
+        """Blocks that cover a window, wherever it starts in a block."""
+        assert self.window is not None
+        return most_window_blocks(self.window, self.block_size, 1)
+
+    def window_demand(self, start: int, end: int, keep_from: int) -> int:
+        """Blocks a new chunk ``[start, end)`` takes in a sliding group, those of the window before it not counted."""
+        return -(-end // self.block_size) - max(start // self.block_size, self.first_live(min(keep_from, end)))
+
+    def outstanding(self, lane: int, num_tokens: int) -> int:
+        """Blocks the lane will still take for the tokens it knows."""
+        table = self.tables[lane]
+        missing = -(-num_tokens // self.block_size) * self.block_size - table.capacity
+        if missing <= 0:
+            return 0
+        return missing // self.block_size if self.window is None else min(missing // self.block_size, self.window_blocks)
+
+    def grow(self, lane: int, start: int, end: int, keep_from: int) -> None:
         """Gives the lane room for the chunk ``[start, end)``; there must be enough free blocks."""
         table = self.tables[lane]
-        missing = table.num_missing(end)
+        missing = table.num_missing(end, keep_from)
         blocks = self._take(missing)
-        table.extend(start, end, blocks)
-        number = table.first_block + len(table.ids) - missing
-        for block in blocks:
+        table.extend(start, end, keep_from, blocks)
+        # What of the chunk only a later request will read has no place in the device's ring.
+        number = max(table.first_block + len(table.ids) - missing, table.first_block + len(table.ids) - self.width)
+        for block in blocks[number - (table.first_block + len(table.ids) - missing) :]:
             self._updates[lane * self.width + number % self.width] = self.layout.page(block)
             number += 1
+        self._refresh_page(lane)
+
+    def load(self, lane: int, start: int, blocks: list[int], cached_end: int) -> None:
+        """Begins the lane at position ``start`` with cached ``blocks``; the device gets them as a whole row."""
+        self.pool.retain(blocks)
+        self.tables[lane].load(start, blocks, cached_end)
+        self._refresh_page(lane)
+
+    def replace(self, lane: int, number: int, block: int) -> None:
+        """Takes a cached block in place of the lane's own full block with the same tokens; its K/V is not written."""
+        table = self.tables[lane]
+        index = number - table.first_block
+        self.pool.retain([block])
+        self.pool.release([table.ids[index]])
+        table.ids[index] = block
+        table.cached_end = max(table.cached_end, (number + 1) * self.block_size)
+        self._updates[lane * self.width + number % self.width] = self.layout.page(block)
         self._refresh_page(lane)
 
     def check_return(self, lane: int, num_tokens: int) -> None:
@@ -128,8 +170,9 @@ class GroupCache:
         table, size = self.tables[lane], self.block_size
         first, stop = start // size, -(-end // size)
         ids = np.full(stop - first, HOLE, np.int64)
-        kept = max(first, table.first_live(end))
+        kept = max(first, table.first_kept)
         ids[kept - first :] = table.ids[kept - table.first_block : stop - table.first_block]
+        ids[: max(0, table.cached_end // size - first)] = HOLE
         bases = np.where(ids == HOLE, 0, self.layout.pages(ids).astype(np.int64) * size)
         slots = bases[:, None] + np.arange(size)
         slots[ids == HOLE] = NO_SLOT
@@ -169,12 +212,14 @@ class GroupCache:
             assert lane in open_lanes or not table.ids, f"M2: closed lane {lane} holds blocks"
             if table.window is not None:
                 most = most_window_blocks(table.window, self.block_size, table.end - table.start)
+                most += max(0, table.first_live(table.end) - table.first_kept)
                 assert len(table.held()) <= most, f"M3: lane {lane} holds more than {most} blocks"
             for index, block in enumerate(table.ids):
                 if block != HOLE and self.pool.references(block) > 1:
                     number = table.first_block + index
                     assert holders.setdefault(block, number) == number, "T3: one block, two block numbers"
-                    assert (number + 1) * self.block_size <= table.end, "T3: a shared block is not full"
+                    full = (number + 1) * self.block_size <= max(table.end, table.cached_end)
+                    assert full, "T3: a shared block is not full"
 
     def _take(self, count: int) -> list[int]:
         blocks = self.pool.allocate(count) if count else []

@@ -7,13 +7,23 @@ preempted; a shortage of blocks is a return value.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
+from hkv_jax.kvcache.boundary import Boundary
 from hkv_jax.kvcache.group_cache import GroupCache
+from hkv_jax.kvcache.join_points import JoinKind
 from hkv_jax.kvcache.layout import KVLayout
-from hkv_jax.kvcache.slabs import SlabMap
+from hkv_jax.kvcache.policy import CachePolicy
+from hkv_jax.kvcache.prefix_cache import PrefixCache
+from hkv_jax.kvcache.prefix_match import NO_PREFIX, PrefixPath, PrefixUse
+from hkv_jax.kvcache.token_chain import TokenChain
+
+
+GROWTH_TOKENS = 256
+"""Tokens a running sequence is assumed to draw yet when the next is admitted; half as many in a window."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -31,37 +41,66 @@ class Fork:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class PoolStats:
-    """One group's pool now: counts of blocks since start, ``block_size`` in tokens, ``block_bytes`` on one chip."""
+    """One group's pool now, in blocks; ``block_size`` in tokens, ``block_bytes`` on one chip.
+
+    ``used_blocks`` are held by running sequences, ``cached_blocks`` are kept for later ones. ``peak_used_blocks`` and
+    ``released_early_blocks`` (those that left a window) count since start.
+    """
 
     name: str
     num_blocks: int
     used_blocks: int
+    cached_blocks: int
     peak_used_blocks: int
     released_early_blocks: int
     block_bytes: int
     block_size: int
 
 
-class CacheManager:
-    """All groups of all lanes.
+@dataclasses.dataclass(frozen=True, slots=True)
+class Demand:
+    """What a sequence will take: ``num_tokens`` known ones, the first chunk up to ``chunk_end``, then some growth.
 
-    ``watermarks`` i64[num_lanes]: a decode step that ends at or below its lane's needs no ``extend``.
-
-    Invariants. A1, P1-P3, T1-T3: see ``SlabMap``, ``BlockPool``, ``BlockTable``. M1: ``extend`` gives room in all
-    groups or in none. M2: a closed lane holds nothing. M3: in a sliding group a lane holds at most
-    ``most_window_blocks`` blocks.
+    ``keep_from`` is the first position of the chunk before which the window is to stay.
     """
 
-    def __init__(self, layout: KVLayout, num_lanes: int) -> None:
+    num_tokens: int
+    chunk_end: int
+    keep_from: int
+    growth_tokens: int
+
+
+class CacheManager:
+    """All groups of all lanes, and what finished sequences left.
+
+    ``watermarks`` i64[num_lanes]: a decode step that ends at or below its lane's needs no ``extend``. ``prefixes`` is
+    the prefix cache.
+
+    Invariants. A1, P1-P3, T1-T3, X1-X3, J1: see ``SlabMap``, ``BlockPool``, ``BlockTable``, ``PrefixTree``,
+    ``JoinPoints``. M1: ``extend`` gives room in all groups or in none. M2: a closed lane holds nothing. M3: in a sliding
+    group a lane holds at most ``most_window_blocks`` blocks, those for join points within its chunk not counted.
+    """
+
+    def __init__(self, layout: KVLayout, num_lanes: int, policy: CachePolicy | None = None) -> None:
         """Every block is free and every one of the ``num_lanes`` lanes closed."""
         self.layout = layout
+        self.policy = policy or CachePolicy()
         self._groups = [GroupCache(group, layout.arenas[group.arena].num_slabs, num_lanes) for group in layout.groups]
-        self._slab_maps = [_slab_map(layout, arena) for arena in range(len(layout.arenas))]
+        self.prefixes = PrefixCache(self._groups, layout.largest_block_size, self.policy)
+        self._boundary = Boundary(layout, self._groups, self.prefixes.joins.evict)
         self._open = [False] * num_lanes
         self.watermarks = np.zeros(num_lanes, np.int64)
 
-    def open(self, lane: int) -> None:
-        """Takes an unused lane.
+    @property
+    def num_slabs_moved(self) -> int:
+        """Slabs that changed hands since start."""
+        return self._boundary.num_slabs_moved
+
+    def open(self, lane: int, path: PrefixPath | None = None, use: PrefixUse = NO_PREFIX) -> bool:
+        """Takes an unused lane, and for it the cached blocks that ``use`` of ``path`` says.
+
+        Those are pinned before anything else is allocated. Returns whether any were loaded: the device then needs the
+        lane's whole ``table_row``.
 
         Raises:
             ValueError: it is open.
@@ -69,23 +108,38 @@ class CacheManager:
         if self._open[lane]:
             raise ValueError(f"lane {lane} is open already")
         self._open[lane] = True
+        loaded = self.prefixes.loaded_blocks(path, use) if path is not None else []
+        for group, blocks in zip(self._groups, loaded, strict=False):
+            group.load(lane, use.start, blocks, use.matched)
+        if self.policy.enabled:
+            self.prefixes.attach(lane, path, use)
+        self._refresh(lane)
+        return any(loaded)
 
-    def close(self, lane: int) -> None:
-        """Gives the lane and all its blocks back.
+    def close(self, lane: int, chain: TokenChain | None = None, num_tokens: int = 0) -> None:
+        """Gives the lane and all its blocks back; those of its first ``num_tokens`` tokens can be found again.
 
         Raises:
             ValueError: it is not open.
         """
         self._require_open(lane)
+        joins = []
+        if self.policy.enabled:
+            if chain is not None:
+                self.prefixes.record(lane, chain, num_tokens)
+                self.prefixes.join(lane, num_tokens - num_tokens % self.layout.largest_block_size, JoinKind.TURN)
+            joins = self.prefixes.detach(lane)
         for group in self._groups:
             group.clear(lane)
+        self.prefixes.push(joins)
         self._open[lane] = False
         self._refresh(lane)
 
-    def extend(self, lane: int, start: int, end: int) -> bool:
+    def extend(self, lane: int, start: int, end: int, keep_from: int | None = None) -> bool:
         """Releases what left the window of position ``start``, then makes room for tokens ``[start, end)``.
 
-        Returns False, with no room made in any group, where one lacks blocks; what was released stays released.
+        Where memory allows, the window before ``keep_from`` stays too, for a join point there. Returns False, with no
+        room made in any group, where one lacks blocks; what was released or evicted stays so.
 
         Raises:
             ValueError: the chunk is empty, or does not follow what the lane holds.
@@ -94,15 +148,34 @@ class CacheManager:
         tables = [group.tables[lane] for group in self._groups]
         if not start < end or any(not table.end <= start <= table.capacity for table in tables):
             raise ValueError(f"lane {lane}: [{start}, {end}) does not follow the {tables[0].end} tokens it holds")
-        enough = True
-        for group in self._groups:
-            group.release_window(lane, start)
-            enough = enough and group.num_missing(lane, end) <= group.pool.num_free
-        if enough:
-            for group in self._groups:
-                group.grow(lane, start, end)
+        kept = [group.release_window(lane, start) for group in self._groups]
+        if any(kept) and self.policy.enabled:
+            self.prefixes.note_released(lane)
+        for keep in (end,) if keep_from is None else (min(keep_from, end), end):
+            missing = [group.num_missing(lane, end, keep) for group in self._groups]
+            if self._boundary.make_room(missing):
+                for group in self._groups:
+                    group.grow(lane, start, end, keep)
+                self._refresh(lane)
+                return True
         self._refresh(lane)
-        return enough
+        return False
+
+    def record(self, lane: int, chain: TokenChain, num_tokens: int, joins: Mapping[int, JoinKind]) -> None:
+        """The step that computes the lane's first ``num_tokens`` tokens is planned: later ones may find its full blocks.
+
+        ``joins`` are the positions, multiples of P_max, where join points are to be.
+        """
+        if self.policy.enabled:
+            self.prefixes.record(lane, chain, num_tokens)
+            for position, kind in joins.items():
+                self.prefixes.join(lane, position, kind)
+            self._refresh(lane)
+
+    def reset(self) -> None:
+        """Every lane is closed, and what the device held is lost: nothing can be found any more."""
+        assert not any(self._open), "a lane is still open"
+        self.prefixes.clear()
 
     def fork(self, source: int, target: int, num_tokens: int) -> Fork | None:
         """Opens ``target`` with the first ``num_tokens`` tokens of ``source``: full blocks shared, the partial copied.
@@ -116,7 +189,7 @@ class CacheManager:
         self._require_open(source)
         for group in self._groups:
             group.check_fork(source, num_tokens)
-        if any(num_tokens % group.block_size and not group.pool.num_free for group in self._groups):
+        if not self._boundary.make_room([int(num_tokens % group.block_size > 0) for group in self._groups]):
             return None
         self.open(target)
         copies = []
@@ -124,6 +197,8 @@ class CacheManager:
             copy = group.share(source, target, num_tokens)
             if copy is not None:
                 copies.append((index, *copy))
+        if self.policy.enabled:
+            self.prefixes.follow(source, target)
         self._refresh(target)
         return Fork(source, target, tuple(copies))
 
@@ -166,31 +241,45 @@ class CacheManager:
             group.layout.blocks_of_sequence(num_tokens) <= group.pool.num_blocks for group in self._groups
         )
 
-    def has_room(self, num_tokens: int) -> bool:
-        """Whether a new lane could compute a sequence of that many tokens with the blocks that are free now."""
-        return all(group.layout.blocks_of_sequence(num_tokens) <= group.pool.num_free for group in self._groups)
+    def table_rows(self, lane: int) -> tuple[NDArray[np.int32], ...]:
+        """``table_row`` of every group."""
+        return tuple(group.table_row(lane) for group in self._groups)
 
-    def hand_over_slab(self, source: int, target: int) -> bool:
-        """Moves a slab without a used block from group ``source`` to group ``target``.
+    def has_room(self, demand: Demand, path: PrefixPath | None, use: PrefixUse, promised: Sequence[int]) -> bool:
+        """Whether a sequence could be admitted and go on, if everything idle were evicted.
 
-        Returns False where ``source`` has none, or is at its reserve.
-
-        Raises:
-            ValueError: the groups do not share an arena.
+        ``promised`` are blocks by group that running sequences will still take.
         """
-        arena = self.layout.groups[source].arena
-        if source == target or arena != self.layout.groups[target].arena:
-            raise ValueError(f"groups {source} and {target} do not exchange slabs")
-        slabs = self._slab_maps[arena]
-        if not slabs.can_take(source):
-            return False
-        slab = self._groups[source].pool.take_slab()
-        if slab is None:
-            return False
-        slabs.take(slab, source)
-        slabs.give(slab, target)
-        self._groups[target].pool.add_slab(slab)
-        return True
+        loaded = self.prefixes.loaded_blocks(path, use) if path is not None else [[]] * len(self._groups)
+        extra = []
+        for group, blocks, more in zip(self._groups, loaded, promised, strict=True):
+            idle = sum(not group.pool.references(block) for block in blocks)
+            if group.window is None:
+                needed = -(-(demand.num_tokens + demand.growth_tokens) // group.block_size) - len(blocks)
+            else:
+                needed = group.window_demand(use.start, demand.chunk_end, demand.keep_from)
+                if demand.chunk_end < demand.num_tokens:
+                    needed += group.window_blocks
+                else:
+                    needed += -(-min(demand.growth_tokens, GROWTH_TOKENS // 2) // group.block_size)
+            extra.append(idle + more + needed)
+        return self._boundary.could_hold(extra)
+
+    def promised(self, prefilling: Iterable[tuple[int, int]], growth_tokens: NDArray[np.int32]) -> list[int]:
+        """Blocks by group that running sequences will still take.
+
+        Args:
+            prefilling: (lane, known tokens) of those that have not computed what they know.
+            growth_tokens: i32[running], what each may yet draw.
+        """
+        lanes = list(prefilling)
+        promised = []
+        for group in self._groups:
+            ahead = GROWTH_TOKENS if group.window is None else GROWTH_TOKENS // 2
+            blocks = int(np.sum(-(-np.minimum(growth_tokens, ahead) // group.block_size)))
+            blocks += sum(group.outstanding(lane, num_tokens) for lane, num_tokens in lanes)
+            promised.append(blocks)
+        return promised
 
     def stats(self) -> tuple[PoolStats, ...]:
         """One entry a group, in the layout's order."""
@@ -198,8 +287,9 @@ class CacheManager:
             PoolStats(
                 name=group.layout.spec.name,
                 num_blocks=group.pool.num_blocks,
-                used_blocks=group.pool.num_used,
-                peak_used_blocks=group.pool.peak_used,
+                used_blocks=group.pool.num_held,
+                cached_blocks=group.pool.num_cached,
+                peak_used_blocks=group.pool.peak_held,
                 released_early_blocks=group.num_released_early,
                 block_bytes=group.layout.format.block_bytes,
                 block_size=group.block_size,
@@ -210,11 +300,9 @@ class CacheManager:
     def check_invariants(self) -> None:
         """Asserts every invariant of the package; linear in the number of blocks, for tests and debugging."""
         open_lanes = [lane for lane, is_open in enumerate(self._open) if is_open]
-        for slabs in self._slab_maps:
-            slabs.check_invariants()
-        for index, group in enumerate(self._groups):
-            slabs = self._slab_maps[self.layout.groups[index].arena]
-            assert slabs.slabs_of(index) == group.pool.slabs, "A1: the pool's slabs are not those of the map"
+        self._boundary.check_invariants()
+        self.prefixes.check_invariants()
+        for group in self._groups:
             group.check_invariants(open_lanes)
         for lane, watermark in enumerate(self.watermarks):
             assert watermark == self._watermark(lane), f"lane {lane} has an old watermark"
@@ -229,11 +317,3 @@ class CacheManager:
     def _refresh(self, lane: int) -> None:
         self.watermarks[lane] = self._watermark(lane)
 
-
-def _slab_map(layout: KVLayout, arena: int) -> SlabMap:
-    groups = {index: group for index, group in enumerate(layout.groups) if group.arena == arena}
-    return SlabMap(
-        layout.arenas[arena].num_slabs,
-        {index: group.initial_slabs for index, group in groups.items()},
-        {index: group.reserve_slabs for index, group in groups.items()},
-    )

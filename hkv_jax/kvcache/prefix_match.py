@@ -1,13 +1,16 @@
-"""How an admitted sequence uses the cached prefix of its tokens.
+"""How much of a sequence's tokens is cached, and where it therefore begins to compute.
 
-Owns: ``PrefixUse``, which crosses from admission to the runner and to a request's usage. Must never: import jax, or
-know blocks: they may move.
+Owns: ``PrefixPath``, a match that is revised instead of repeated, and the choice between hit, truncation and rebuild.
+Must never: import jax, or hold blocks: what is found may be evicted before it is used.
 """
 
 from __future__ import annotations
 
 import dataclasses
 
+from hkv_jax.kvcache.join_points import JoinKind
+from hkv_jax.kvcache.prefix_tree import Node, PrefixTree
+from hkv_jax.kvcache.token_chain import TokenChain
 from hkv_jax.outputs import PrefixHit
 
 
@@ -33,3 +36,81 @@ class PrefixUse:
     def rebuilt_tokens(self) -> int:
         """Computed tokens whose K/V the global groups held already."""
         return max(0, self.matched - self.start)
+
+
+NO_PREFIX = PrefixUse(0, 0, PrefixHit.MISS, 0)
+
+
+class PrefixPath:
+    """The nodes of a sequence's tokens, as far as they are cached.
+
+    ``nodes`` are those of the full blocks from the first on; in a model without global layers some may be missing
+    (``None``). ``limit`` is how many blocks may be matched: all but what holds the last known token.
+    """
+
+    __slots__ = ("chain", "limit", "nodes")
+
+    def __init__(self, chain: TokenChain, limit: int) -> None:
+        self.chain = chain
+        self.limit = limit
+        self.nodes: list[Node] = []
+
+    def refresh(self, tree: PrefixTree) -> None:
+        """Drops what is no longer cached and adds what has come; costs what has changed."""
+        nodes = self.nodes
+        if not tree.globals:
+            # Nothing hangs together here: the longest prefix with a whole tail is looked for from the end.
+            self.nodes = _last_with_tail(tree, self.chain, self.limit)
+            return
+        while nodes and not nodes[-1].alive:
+            nodes.pop()
+        node = nodes[-1] if nodes else tree.root
+        for digest in self.chain.digests[len(nodes) : self.limit]:
+            child = node.children.get(digest)
+            if child is None:
+                break
+            nodes.append(child)
+            node = child
+
+    @property
+    def matched(self) -> int:
+        """p in tokens."""
+        return self.nodes[-1].end if self.nodes else 0
+
+    @property
+    def next_digest(self) -> bytes | None:
+        """Of the first block that is not cached; ``None`` where all that may be matched are."""
+        place = self.matched // self.chain.block_size
+        return self.chain.digests[place] if place < self.limit else None
+
+    def choose(self, tree: PrefixTree, rebuild_tokens: int | None) -> PrefixUse:
+        """Where to begin: after the longest prefix with a tail, or R tokens before the end of the cached one."""
+        matched = self.matched
+        if not matched:
+            return NO_PREFIX
+        with_tail = next((node.end for node in reversed(self.nodes) if _has_tail(tree, node)), 0)
+        rebuilt = 0
+        if rebuild_tokens is not None and matched > rebuild_tokens:
+            rebuilt = (matched - rebuild_tokens) // tree.block_size * tree.block_size
+        if rebuilt > with_tail:
+            return PrefixUse(rebuilt, matched, PrefixHit.REBUILD, rebuilt)
+        if with_tail == matched:
+            return PrefixUse(matched, matched, PrefixHit.RESIDENT, 0)
+        if with_tail:
+            return PrefixUse(with_tail, matched, PrefixHit.TRUNCATE, 0)
+        return PrefixUse(0, matched, PrefixHit.MISS, 0)
+
+
+def _has_tail(tree: PrefixTree, node: Node) -> bool:
+    join = node.join
+    if join is not None and join.kind is not JoinKind.REST:
+        return True
+    return tree.ends_whole(node) and tree.tail(node) is not None
+
+
+def _last_with_tail(tree: PrefixTree, chain: TokenChain, limit: int) -> list[Node]:
+    for digest in reversed(chain.digests[:limit]):
+        node = tree.find(digest)
+        if node is not None and tree.tail(node) is not None:
+            return [node]
+    return []

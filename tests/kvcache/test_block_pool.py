@@ -79,9 +79,9 @@ class PoolMachine(RuleBasedStateMachine):
         held = self.held()
         self.pool.check_invariants(list(held.elements()))
         assert self.pool.slabs == tuple(sorted(self.slabs))
-        assert self.pool.num_used == len(held)
+        assert self.pool.num_held == len(held)
         assert self.pool.num_blocks == len(self.slabs) * BLOCKS_PER_SLAB
-        assert self.pool.peak_used == self.peak
+        assert self.pool.peak_held == self.peak
         assert all(self.pool.references(block) == count for block, count in held.items())
 
 

@@ -19,11 +19,11 @@ from hkv_jax.engine.scheduler import Scheduler, SchedulerConfig
 from hkv_jax.engine.step_result import StepResult
 from hkv_jax.engine.token_event import TokenEvent
 from hkv_jax.errors import RequestError
-from hkv_jax.kvcache.layout import KVLayout
 from hkv_jax.kvcache.manager import CacheManager
+from hkv_jax.outputs import PrefixHit
 from hkv_jax.sampling_params import SamplingParams
 from tools.cache_simulation.arrivals import Arrivals
-from tools.cache_simulation.measurements import Measurements
+from tools.cache_simulation.measurements import HIT_KINDS, Measurements
 from tools.cache_simulation.token_ids import output_ids, prompt_ids
 from tools.cache_simulation.trace import TraceRequest
 from tools.cache_simulation.virtual_clock import StepCost, VirtualClock
@@ -48,17 +48,16 @@ class Replay:
     """One run of a trace; ``measured`` grows with every step."""
 
     def __init__(
-        self, requests: Sequence[TraceRequest], layout: KVLayout, config: SchedulerConfig, cost: StepCost
+        self, requests: Sequence[TraceRequest], cache: CacheManager, config: SchedulerConfig, cost: StepCost
     ) -> None:
-        """An idle engine for ``layout``, and nothing submitted."""
+        """An idle engine over ``cache``, and nothing submitted."""
         self.clock = VirtualClock()
-        self.cache = CacheManager(layout, config.max_num_seqs)
-        self.scheduler = Scheduler(config, self.cache)
+        self.cache = cache
+        self.scheduler = Scheduler(config, cache, self.clock)
         self.measured = Measurements(requests=len(requests))
         self._arrivals = Arrivals(requests)
         self._cost = cost
         self._live: dict[str, _Live] = {}
-        self._reached: dict[str, int] = {}  # tokens of a request computed before, to tell work that is repeated
         self._idle_steps = 0
 
     def run(self, after_step: Callable[[Replay], None] | None = None) -> Measurements:
@@ -109,7 +108,6 @@ class Replay:
                 self._arrivals.finish(request.request_id, self.clock.now)
                 continue
             self.measured.host_seconds += time.perf_counter() - began
-            self.measured.prompt_tokens += request.prompt_len
             self._live[request.request_id] = _Live(output_ids(request).tolist(), self.clock.now)
 
     def _take_table_updates(self) -> None:
@@ -130,20 +128,17 @@ class Replay:
             self.clock.advance(step)
 
     def _count(self, plan: StepPlan) -> None:
+        """Counts the step and lets its time pass."""
         measured = self.measured
-        prefill = 0
-        for chunk in plan.chunks:
-            prefill += chunk.num_tokens
-            request_id = chunk.sequence.request.request_id
-            reached = self._reached.get(request_id, 0)
-            measured.recomputed_tokens += max(0, min(reached, chunk.end) - chunk.start)
-            self._reached[request_id] = max(reached, chunk.end)
         running = self.scheduler.num_running
         measured.steps += 1
         measured.scheduled += plan.num_rows
         measured.running_sum += running
         measured.peak_running = max(measured.peak_running, running)
-        self.clock.advance(self._cost.seconds(prefill, 0))
+        groups = self.cache.layout.groups
+        copied = sum(groups[copy.group].format.block_bytes for copy in plan.copies)
+        measured.copied_bytes += copied
+        self.clock.advance(self._cost.seconds(sum(chunk.num_tokens for chunk in plan.chunks), copied))
 
     def _forced(self, plan: StepPlan) -> NDArray[np.int32]:
         """What each row draws: the next token of its request's output; rows that draw nothing hold anything."""
@@ -157,18 +152,22 @@ class Replay:
         request_id = event.sequence.request.request_id
         if len(event.sequence.output_token_ids) == 1:
             self.measured.ttfts.append(self.clock.now - self._live[request_id].submitted)
-        if event.finish_reason is None:
-            self._reached[request_id] = event.sequence.num_tokens - 1
-            return
-        del self._live[request_id], self._reached[request_id]
-        self.measured.finished += 1
-        self._arrivals.finish(request_id, self.clock.now)
+        if event.finish_reason is not None:
+            del self._live[request_id]
+            self.measured.finished += 1
+            self._arrivals.finish(request_id, self.clock.now)
 
     def _read_totals(self) -> None:
         measured = self.measured
         measured.virtual_s = self.clock.now
         measured.preemptions = self.scheduler.num_preemptions
-        measured.hits["miss"] = len(measured.ttfts)
+        measured.slabs_moved = self.cache.num_slabs_moved
+        prefixes = self.scheduler.prefix_stats
+        measured.prompt_tokens = prefixes.prompt_tokens
+        measured.prefix_hit_tokens = prefixes.prefix_hit_tokens
+        measured.rebuilt_tokens = prefixes.rebuilt_tokens
+        measured.recomputed_tokens = prefixes.recomputed_tokens
+        measured.hits = {kind: prefixes.hits[PrefixHit(kind)] for kind in HIT_KINDS}
         for pool in self.cache.stats():
             measured.released_early_blocks += pool.released_early_blocks
             measured.pools[pool.name] = {

@@ -1,0 +1,88 @@
+"""Room for a group, wherever the cheapest memory lies.
+
+Owns: which slabs change hands and when cached blocks are evicted. Must never: take a block that a table holds, or take
+a group below its reserve.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from hkv_jax.kvcache.group_cache import GroupCache
+from hkv_jax.kvcache.layout import KVLayout
+from hkv_jax.kvcache.slabs import SlabMap
+
+
+class Boundary:
+    """The slabs of every arena and who owns them. ``evict()`` gives up the least worthy cached blocks of all groups."""
+
+    def __init__(self, layout: KVLayout, groups: list[GroupCache], evict: Callable[[], bool]) -> None:
+        self.num_slabs_moved = 0
+        self._layout, self._groups, self._evict = layout, groups, evict
+        self._arenas = [group.arena for group in layout.groups]
+        self._maps = [_slab_map(layout, arena) for arena in range(len(layout.arenas))]
+
+    def make_room(self, needs: Sequence[int]) -> bool:
+        """Has ``needs[group]`` blocks free in every group; False, perhaps after some evictions, where that cannot be."""
+        for group, count in enumerate(needs):
+            pool = self._groups[group].pool
+            while pool.num_free < count:
+                if not self._take_idle_slab(group, needs) and not self._evict():
+                    return False
+        return True
+
+    def _take_idle_slab(self, group: int, needs: Sequence[int]) -> bool:
+        """Moves a slab without a busy block to ``group`` from whoever has most of them and more than it needs."""
+        if self._layout.partition != "moving":
+            return False
+        arena = self._arenas[group]
+        slabs = self._maps[arena]
+        givers = []
+        for other, cache in enumerate(self._groups):
+            pool = cache.pool
+            spare = pool.num_free - pool.blocks_per_slab >= needs[other]
+            if self._arenas[other] == arena and other != group and pool.num_idle_slabs and spare and slabs.can_take(other):
+                givers.append(other)
+        if not givers:
+            return False
+        giver = max(givers, key=lambda other: self._groups[other].pool.num_idle_slabs)
+        slab = self._groups[giver].pool.take_slab()
+        assert slab is not None
+        slabs.take(slab, giver)
+        slabs.give(slab, group)
+        self._groups[group].pool.add_slab(slab)
+        self.num_slabs_moved += 1
+        return True
+
+    def could_hold(self, extra: Sequence[int]) -> bool:
+        """Whether ``extra[group]`` more held blocks would fit if everything cached were evicted.
+
+        A slab with a held block stays its group's; all others can go to whoever needs them.
+        """
+        needed = [0] * len(self._maps)
+        for group, cache in enumerate(self._groups):
+            pool = cache.pool
+            wanted = -(-(pool.num_held + extra[group]) // pool.blocks_per_slab)
+            if self._layout.partition != "moving":
+                if wanted > len(pool.slabs):
+                    return False
+                continue
+            needed[self._arenas[group]] += max(cache.layout.reserve_slabs, pool.num_held_slabs, wanted)
+        return all(count <= slabs.num_slabs for count, slabs in zip(needed, self._maps, strict=True))
+
+    def check_invariants(self) -> None:
+        """Asserts A1, and that pools and maps agree."""
+        for slabs in self._maps:
+            slabs.check_invariants()
+        for index, group in enumerate(self._groups):
+            slabs = self._maps[self._arenas[index]]
+            assert slabs.slabs_of(index) == group.pool.slabs, "A1: the pool's slabs are not those of the map"
+
+
+def _slab_map(layout: KVLayout, arena: int) -> SlabMap:
+    groups = {index: group for index, group in enumerate(layout.groups) if group.arena == arena}
+    return SlabMap(
+        layout.arenas[arena].num_slabs,
+        {index: group.initial_slabs for index, group in groups.items()},
+        {index: group.reserve_slabs for index, group in groups.items()},
+    )
