@@ -6,6 +6,7 @@ Owns: what must hold of a batch whatever made it. Must never: import jax, or cha
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
 
 from hkv_jax.engine.batch import StepBatch
 from hkv_jax.engine.batch_format import NO_TOKEN, StepFields
@@ -37,7 +38,7 @@ def _check_rows(batch: StepBatch, num_lanes: int) -> None:
     assert bucket.prefill or num_decodes == num_rows, "a decode bucket with a longer row"
     lanes = fields.lanes[:num_rows]
     assert np.all((lanes >= 0) & (lanes < num_lanes)), "a lane out of range"
-    assert len(np.unique(lanes)) == num_rows, "a lane with two rows"
+    assert _are_distinct(lanes), "a lane with two rows"
     assert np.all(fields.lanes[num_rows:] == num_lanes), "padding rows name the lane past the last"
     assert np.all(fields.num_logprobs[num_rows:] == 0), "padding rows want no logprobs"
 
@@ -78,7 +79,7 @@ def _check_slots(fields: StepFields, layout: KVLayout) -> None:
         written = slots[:num_tokens][slots[:num_tokens] != NO_SLOT]
         limit = layout.arenas[group.arena].num_slabs * group.pages_per_slab * group.format.block_size
         assert np.all((written >= 0) & (written < limit)), "a slot outside the arena"
-        assert len(np.unique(written)) == len(written), "T3: two tokens in one slot"
+        assert _are_distinct(written), "T3: two tokens in one slot"
 
 
 def _check_table_updates(fields: StepFields, layout: KVLayout, num_lanes: int) -> None:
@@ -86,4 +87,9 @@ def _check_table_updates(fields: StepFields, layout: KVLayout, num_lanes: int) -
         live = updates[updates[:, 0] != num_lanes]
         assert np.all((live[:, 0] >= 0) & (live[:, 0] < num_lanes)), "a table update of no lane"
         assert np.all((live[:, 1] >= 0) & (live[:, 1] < group.table_width)), "a table update of no column"
-        assert len(np.unique(live[:, :2], axis=0)) == len(live), "two updates of one table entry"
+        assert _are_distinct(live[:, 0] * group.table_width + live[:, 1]), "two updates of one table entry"
+
+
+def _are_distinct(values: NDArray[np.int32]) -> bool:
+    # A step has few of anything: a set is several times faster than sorting them as np.unique does.
+    return len(set(values.tolist())) == len(values)

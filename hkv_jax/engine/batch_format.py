@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from functools import cached_property
 from typing import Any, NamedTuple
 
 NO_TOKEN = -1
@@ -72,6 +73,9 @@ class StepFields(NamedTuple):
     frequency_penalty: Any
 
 
+_NUM_HEAD_FIELDS = StepFields._fields.index("slots")
+
+
 @dataclasses.dataclass(frozen=True)
 class BatchFormat:
     """Where each field of a bucket lies in the two packed buffers.
@@ -101,10 +105,20 @@ class BatchFormat:
             *sampling,
         )
 
+    @cached_property
+    def _int_cuts(self) -> tuple[tuple[slice, tuple[int, ...] | None], ...]:
+        """Where each i32 field lies, and its shape where it has several axes: the same in every step."""
+        cuts, offset = [], 0
+        for shape in self.int_shapes():
+            end = offset + math.prod(shape)
+            cuts.append((slice(offset, end), shape if len(shape) > 1 else None))
+            offset = end
+        return tuple(cuts)
+
     @property
     def num_ints(self) -> int:
         """Length of the i32 buffer."""
-        return sum(math.prod(shape) for shape in self.int_shapes())
+        return self._int_cuts[-1][0].stop
 
     @property
     def num_floats(self) -> int:
@@ -113,14 +127,9 @@ class BatchFormat:
 
     def unpack(self, ints: Any, floats: Any) -> StepFields:
         """Cuts i32[num_ints] and f32[num_floats] into fields; numpy buffers give writable views."""
-        fields = []
-        offset = 0
-        for shape in self.int_shapes():
-            size = math.prod(shape)
-            fields.append(ints[offset : offset + size].reshape(shape))
-            offset += size
+        fields = [ints[cut] if shape is None else ints[cut].reshape(shape) for cut, shape in self._int_cuts]
         groups = len(self.block_sizes)
-        first = StepFields._fields.index("slots")
+        first = _NUM_HEAD_FIELDS
         head, slots = fields[:first], tuple(fields[first : first + groups])
         updates, sampling = tuple(fields[first + groups : first + 2 * groups]), fields[first + 2 * groups :]
         rows = self.bucket.num_rows

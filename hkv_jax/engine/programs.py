@@ -155,12 +155,12 @@ class Programs:
     ) -> Programs:
         """Compiles all programs, a few at a time; ``progress`` is told of each as it is done."""
         parameters, state = arguments
-        edits: dict[Any, Callable[[DeviceState], jax.stages.Lowered]] = {
-            "block copies": factory.lower_block_copies,
-            "table rows": factory.lower_table_rows,
-            "lane set-up": factory.lower_lane_setup,
-            "prefix tokens": factory.lower_prefix_tokens,
-            "fork": factory.lower_forks,
+        edits: dict[str, Callable[[DeviceState], jax.stages.Lowered]] = {
+            "block_copies": factory.lower_block_copies,
+            "table_rows": factory.lower_table_rows,
+            "lane_setup": factory.lower_lane_setup,
+            "prefix_tokens": factory.lower_prefix_tokens,
+            "forks": factory.lower_forks,
         }
         lower: dict[Any, Callable[[], jax.stages.Lowered]] = {
             f.bucket: partial(factory.lower_step, f, parameters, state) for f in formats
@@ -171,8 +171,8 @@ class Programs:
             jobs = {pool.submit(lambda build: build().compile(), build): name for name, build in lower.items()}
             for job in concurrent.futures.as_completed(jobs):
                 compiled[jobs[job]] = job.result()
-                progress(f"compiled {jobs[job]}", len(compiled), len(jobs))
-        return cls(*(compiled[name] for name in edits), {f.bucket: compiled[f.bucket] for f in formats})
+                progress(f"compiled {str(jobs[job]).replace('_', ' ')}", len(compiled), len(jobs))
+        return cls(**{name: compiled[name] for name in edits}, steps={f.bucket: compiled[f.bucket] for f in formats})
 
 
 def _compile_pool() -> concurrent.futures.ThreadPoolExecutor:

@@ -1,15 +1,17 @@
 """A runner without a device: it keeps tables, lanes and arena as a device would, and sees every misplaced token.
 
-Owns: the device's rules in numpy: the order of table updates, writes and reads, forks, lanes. Instead of K/V a slot
-holds a fingerprint of the token's whole prefix, in every layer's page. A row reads exactly what a device would read,
-through the lane's tables; whatever it finds there that is not its own prefix is an ``AssertionError``, and draws are
+Owns: the device's rules in numpy: the order of copies, table rows, forks, table updates, writes and reads. Instead of
+K/V a slot holds a fingerprint of the token's whole prefix, in every layer's page, and whether it is exact: K/V computed
+by a run that began in the middle of a sequence without sliding context is *polluted* for as many tokens as the sliding
+layers below carry the error. A row reads exactly what a device would read, through the lane's tables; whatever it finds
+there that is not its own prefix, or polluted by another run than its own, is an ``AssertionError``, and draws are
 functions of what was read. Must never: import jax, or ask the cache manager where a block is.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
+import itertools
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,93 +20,88 @@ from hkv_jax.engine.batch import StepBatch
 from hkv_jax.engine.batch_check import check
 from hkv_jax.engine.batch_format import NO_TOKEN, StepFields
 from hkv_jax.engine.buckets import Buckets
-from hkv_jax.engine.plan import StepPlan
+from hkv_jax.engine.plan import BlockCopy, StepPlan
+from hkv_jax.engine.request import Sequence
 from hkv_jax.engine.step_result import Logprobs, StepResult
 from hkv_jax.kvcache.format import NO_SLOT
-from hkv_jax.kvcache.layout import GroupLayout, KVLayout
+from hkv_jax.kvcache.layout import KVLayout
 from hkv_jax.kvcache.manager import Fork
+from hkv_jax.kvcache.prefix_match import PrefixUse
+from hkv_jax.outputs import PrefixHit
 from hkv_jax.sampling_params import MAX_LOGPROBS
+from hkv_jax.testing.fake_arena import GroupPlaces, Ints, Prints, carried_errors, empty_arenas, group_places, mixed
 
 NO_PAGE = -1
 """A table entry that was never written."""
 
-WORD = 2**64 - 1
+NO_PREFIX = PrefixUse(0, 0, PrefixHit.MISS, 0)
 
-Prints = NDArray[np.uint64]
-"""Fingerprints, one a token."""
-
-
-def fingerprint(*words: int) -> int:
-    """A number below 2**64 that changes with every word and with their order."""
-    value = 0x243F6A8885A308D3
-    for word in words:
-        value = ((value ^ (word & WORD)) * 0xD6E8FEB86659FD93 + 1) & WORD
-        value ^= value >> 32
-    return value
+DRAW_WORDS = mixed(np.arange(1, 12, dtype=np.uint64)) | np.uint64(1)
+"""Odd factors, one for each number beside the tokens that a draw is a function of."""
 
 
-@dataclasses.dataclass(slots=True)
-class _Lane:
-    """State of a lane: fingerprints of all prefixes run so far, what it drew, what the penalties count."""
+class FakeLanes:
+    """What the device knows of each of Z lanes; ``max_len`` tokens are the most a lane runs.
 
-    stop_ids: frozenset[int] = frozenset()
-    prefixes: list[int] = dataclasses.field(default_factory=list)
-    last_token: int = 0
-    counts: int = 0
+    prints u64[Z, max_len + 1]: at n the fingerprint of the first n tokens. lengths i64[Z]: tokens run or spared.
+    counts u64[Z]: what the penalties count. last_tokens i64[Z]. contexts i64[Z]: where the sliding context begins.
+    matched i64[Z]: below it the global K/V was there before. marks u64[Z]: what marks the lane's polluted K/V.
+    """
 
-    def run(self, position: int, token: int, is_prompt: bool) -> None:
-        """The token at ``position`` goes through the model; position 0 starts afresh."""
-        if position == 0:
-            self.prefixes, self.counts = [], 0
-        assert position == len(self.prefixes), f"token {position} of a lane that has run {len(self.prefixes)}"
-        self.prefixes.append(fingerprint(self.prefixes[-1] if self.prefixes else 0, token))
-        self.counts = (self.counts + fingerprint(token, is_prompt)) & WORD
+    def __init__(self, num_lanes: int, max_len: int) -> None:
+        self.prints = np.zeros((num_lanes, max_len + 1), np.uint64)
+        self.lengths = np.zeros(num_lanes, np.int64)
+        self.counts = np.zeros(num_lanes, np.uint64)
+        self.last_tokens = np.zeros(num_lanes, np.int64)
+        self.contexts = np.zeros(num_lanes, np.int64)
+        self.matched = np.zeros(num_lanes, np.int64)
+        self.marks = np.zeros(num_lanes, np.uint64)
+        self.stop_ids: list[frozenset[int]] = [frozenset()] * num_lanes
+        self._numbers = itertools.count(1)
+
+    def open(self, sequence: Sequence) -> None:
+        """A sequence is admitted; the tokens of a prefix that is not run are known from the beginning."""
+        lane, use = sequence.lane, sequence.prefix or NO_PREFIX
+        self.lengths[lane], self.contexts[lane], self.matched[lane] = use.start, use.context_start, use.matched
+        self.marks[lane] = mixed(np.array([next(self._numbers)], np.uint64))[0]
+        self.stop_ids[lane] = sequence.stop_ids
+        self.counts[lane] = self.prints[lane, 0] = 0
+        if use.start:
+            tokens, positions = sequence.tokens(0, use.start).astype(np.int64), np.arange(use.start)
+            self.prints[lane, 1 : use.start + 1] = np.cumsum(_token_prints(tokens, positions))
+            counts = _token_counts(tokens, positions < sequence.request.prompt_len)
+            self.counts[lane] = np.add.reduce(counts)
+
+    def fork(self, source: int, target: int) -> None:
+        """``target`` takes over everything."""
+        for array in (
+            self.prints,
+            self.lengths,
+            self.counts,
+            self.last_tokens,
+            self.contexts,
+            self.matched,
+            self.marks,
+        ):
+            array[target] = array[source]
+        self.stop_ids[target] = self.stop_ids[source]
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Row:
-    """One row of a step: positions ``[start, end)`` of the sequence in a lane, tokens from ``first`` on."""
+@dataclasses.dataclass(frozen=True)
+class _Rows:
+    """The n live rows of a step and their T live tokens.
 
-    number: int
-    lane: int
-    start: int
-    end: int
-    first: int
+    lanes, starts (position of the first query), ends, firsts (index of the first token) i64[n]; rows i64[T]: row of
+    each token; positions i64[T]. ``polluted``: whether any row runs without all of its sliding context.
+    """
 
-
-class FakeArena:
-    """One arena, in units of bytes that divide every group's row, so that groups that overlap destroy each other."""
-
-    def __init__(self, layout: KVLayout, index: int) -> None:
-        """Arena ``index`` of a layout, empty."""
-        rows = [_row_bytes(group) for group in layout.groups if group.arena == index]
-        self.unit_bytes = math.gcd(*rows)
-        self.units = np.zeros(layout.arenas[index].total_bytes // self.unit_bytes, np.uint64)
-
-    def _index(self, group: GroupLayout, slots: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Units [n, L, units of a row] of tokens at slots [n] of layer 0."""
-        row_units = _row_bytes(group) // self.unit_bytes
-        layers = np.arange(group.format.num_layers) * group.format.block_size
-        return (slots[:, None] + layers)[:, :, None] * row_units + np.arange(row_units)
-
-    def write(self, group: GroupLayout, slots: NDArray[np.int64], values: Prints) -> None:
-        """Writes a token's value to its slot in every layer."""
-        layers = np.arange(group.format.num_layers, dtype=np.uint64)
-        self.units[self._index(group, slots)] = (values[:, None] + layers)[:, :, None]
-
-    def read(self, group: GroupLayout, slots: NDArray[np.int64]) -> Prints:
-        """The values [n, L x units of a row] at slots [n] of layer 0; all of a row agree where one token wrote them."""
-        layers = np.arange(group.format.num_layers, dtype=np.uint64)
-        values = self.units[self._index(group, slots)] - layers[:, None]
-        return values.reshape(len(slots), values.shape[1] * values.shape[2])
-
-    def copy_block(self, group: GroupLayout, source: int, target: int) -> None:
-        """Copies the pages of all layers of a block; arguments are pages of layer 0."""
-        size = group.format.block_size
-        offsets = np.arange(size)
-        self.units[self._index(group, target * size + offsets)] = self.units[
-            self._index(group, source * size + offsets)
-        ]
+    lanes: Ints
+    starts: Ints
+    ends: Ints
+    firsts: Ints
+    rows: Ints
+    positions: Ints
+    polluted: bool
 
 
 class FakeHandle:
@@ -130,12 +127,15 @@ class FakeRunner:
         """A device for a cache of ``layout`` and ``num_lanes`` lanes."""
         self.buckets = buckets
         self._layout, self._num_lanes, self._vocab_size = layout, num_lanes, vocab_size
+        self._formats = set(buckets.all)
+        self._places = group_places(layout)
+        self._output_reach = carried_errors(layout)[1]
         self.reset()
 
     def reset(self) -> None:
         """Starts over with empty lanes, tables and arenas."""
-        self._lanes = [_Lane() for _ in range(self._num_lanes)]
-        self._arenas = [FakeArena(self._layout, index) for index in range(len(self._layout.arenas))]
+        self._lanes = FakeLanes(self._num_lanes, self._layout.max_model_len)
+        self._arenas = empty_arenas(self._layout)
         self._tables = [
             np.full((self._num_lanes, group.table_width), NO_PAGE, np.int64) for group in self._layout.groups
         ]
@@ -146,127 +146,206 @@ class FakeRunner:
         Raises:
             AssertionError: the batch breaks a rule of the border, or a row would read what is not its own.
         """
-        assert batch.format in self.buckets.all, f"no program for {batch.format.bucket}"
+        assert batch.format in self._formats, f"no program for {batch.format.bucket}"
         check(batch, self._layout, self._num_lanes)
+        for copy in plan.copies:
+            self._copy(copy)
+        for installed in plan.table_rows:
+            for table, row in zip(self._tables, installed.rows, strict=True):
+                table[installed.lane] = row
         for sequence in plan.admitted:
-            self._lanes[sequence.lane] = _Lane(stop_ids=sequence.stop_ids)
+            self._lanes.open(sequence)
         targets = {fork.target for fork in plan.forks}
         assert not targets & {fork.source for fork in plan.forks}, "a fork of a fork of the same step"
         for fork in plan.forks:
             self._fork(fork)
         return FakeHandle(self._run(batch))
 
+    def _copy(self, copy: BlockCopy) -> None:
+        places = self._places[copy.group]
+        units = self._arenas[places.group.arena]
+        source, target = (places.indices(places.block_slots(page)) for page in (copy.source_page, copy.target_page))
+        units[target] = units[source]
+
     def _fork(self, fork: Fork) -> None:
-        source = self._lanes[fork.source]
-        self._lanes[fork.target] = dataclasses.replace(source, prefixes=list(source.prefixes))
+        self._lanes.fork(fork.source, fork.target)
         for table in self._tables:
             table[fork.target] = table[fork.source]
         for number, source_page, target_page in fork.copies:
-            group = self._layout.groups[number]
-            self._arenas[group.arena].copy_block(group, source_page, target_page)
+            self._copy(BlockCopy(number, source_page, target_page))
+            row = self._tables[number][fork.target]
+            row[row == source_page] = target_page
 
     def _run(self, batch: StepBatch) -> StepResult:
         fields = batch.fields
-        rows = _rows(fields)
         # A sliding table is a ring: the block that a new one replaces is still read by this step.
         self._update_tables(fields, windowed=False)
-        for row in rows:
-            self._run_tokens(fields, row)
-        groups = list(zip(self._layout.groups, self._tables, fields.slots, strict=True))
-        for group, _, slots in groups:
-            self._write(group, slots, rows)
-        contexts = [fingerprint(*(self._attend(group, table, row) for group, table, _ in groups)) for row in rows]
+        rows = self._live_rows(fields)
+        self._run_tokens(fields, rows)
+        groups = list(zip(self._places, self._tables, fields.slots, strict=True))
+        for places, _, slots in groups:
+            self._write(places, slots, rows)
+        for places, table, _ in groups:
+            self._read(places, table, rows)
         self._update_tables(fields, windowed=True)
-        return self._draw(batch, rows, contexts)
+        return self._draw(batch, rows)
 
     def _update_tables(self, fields: StepFields, windowed: bool) -> None:
-        for table, group, updates in zip(self._tables, self._layout.groups, fields.table_updates, strict=True):
-            if (group.spec.window is not None) == windowed:
+        for table, places, updates in zip(self._tables, self._places, fields.table_updates, strict=True):
+            if (places.window is not None) == windowed:
                 live = updates[updates[:, 0] < self._num_lanes]
                 table[live[:, 0], live[:, 1]] = live[:, 2]
 
-    def _run_tokens(self, fields: StepFields, row: _Row) -> None:
-        lane = self._lanes[row.lane]
-        prompt_len = int(fields.prompt_lens[row.number])
-        for position in range(row.start, row.end):
-            token = int(fields.tokens[row.first + position - row.start])
-            lane.run(position, lane.last_token if token == NO_TOKEN else token, position < prompt_len)
-
-    def _write(self, group: GroupLayout, slots: NDArray[np.int32], rows: list[_Row]) -> None:
-        values = [value for row in rows for value in self._lanes[row.lane].prefixes[row.start : row.end]]
-        live = slots[: len(values)].astype(np.int64)
-        kept = live != NO_SLOT
-        self._arenas[group.arena].write(group, live[kept], np.array(values, np.uint64)[kept])
-
-    def _attend(self, group: GroupLayout, table: NDArray[np.int64], row: _Row) -> int:
-        """What the last query of a row sees: an exclusive or over the K/V of all tokens in its window.
-
-        Global groups read everything through the table, the chunk included. Sliding groups read what precedes the
-        chunk, from the window of its first query on; the chunk itself never needs the pool.
-        """
-        window = group.spec.window
-        first = 0 if window is None else max(0, row.start - window + 1)
-        stop = row.end if window is None else row.start
-        positions = np.arange(first, stop)
-        size, width = group.format.block_size, table.shape[1]
-        pages = table[row.lane, positions // size % width]
-        name = f"lane {row.lane}, group {group.spec.name}, tokens [{row.start}, {row.end})"
-        assert np.all(pages != NO_PAGE), f"{name}: a table entry was never set"
-        found = self._arenas[group.arena].read(group, pages * size + positions % size)
-        prefixes = np.array(self._lanes[row.lane].prefixes, np.uint64)
-        wrong = np.flatnonzero(np.any(found != prefixes[first:stop, None], axis=1))
-        assert not len(wrong), f"{name}: position {positions[wrong[0]]} holds the K/V of something else"
-        seen = np.concatenate((found[:, 0], prefixes[stop : row.end]))
-        in_window = seen if window is None else seen[-window:]
-        return int(np.bitwise_xor.reduce(in_window))
-
-    def _draw(self, batch: StepBatch, rows: list[_Row], contexts: list[int]) -> StepResult:
-        fields, bucket = batch.fields, batch.format.bucket
-        tokens = np.zeros(bucket.num_rows, np.int32)
-        logprobs, prompt_logprobs = _no_logprobs(bucket.num_rows), _no_logprobs(bucket.num_tokens)
-        for index, row in enumerate(rows):
-            if fields.sample_tokens[index] != NO_TOKEN:
-                lane = self._lanes[row.lane]
-                lane.last_token = self._token(fields, index, lane, contexts[index])
-                tokens[index] = lane.last_token
-                self._fill_logprobs(logprobs, index, contexts[index], lane.last_token)
-            if bucket.prefill and fields.num_prompt_logprobs[index]:
-                for place, prefix in enumerate(self._lanes[row.lane].prefixes[row.start : row.end], row.first):
-                    self._fill_logprobs(prompt_logprobs, place, prefix, int(fields.targets[place]))
-        return StepResult(
-            tokens,
-            logprobs if batch.wants_logprobs else None,
-            prompt_logprobs if batch.wants_prompt_logprobs else None,
+    def _live_rows(self, fields: StepFields) -> _Rows:
+        count, num_tokens = int(fields.num_rows[0]), int(fields.query_starts[-1])
+        lanes = fields.lanes[:count].astype(np.int64)
+        starts = fields.start_positions[:count].astype(np.int64)
+        firsts = fields.query_starts[:count].astype(np.int64)
+        lengths = np.diff(fields.query_starts[: count + 1])
+        known = self._lanes
+        late = np.flatnonzero(known.lengths[lanes] != starts)
+        if len(late):
+            lane = lanes[late[0]]
+            raise AssertionError(f"token {starts[late[0]]} of lane {lane}, which has run {known.lengths[lane]}")
+        contexts = known.contexts[lanes]
+        assert np.array_equal(fields.context_starts[:count], contexts), (
+            "a context start that its sequence does not have"
+        )
+        return _Rows(
+            lanes,
+            starts,
+            starts + lengths,
+            firsts,
+            np.repeat(np.arange(count), lengths),
+            fields.positions[:num_tokens].astype(np.int64),
+            bool(contexts.any()),
         )
 
-    def _token(self, fields: StepFields, index: int, lane: _Lane, context: int) -> int:
-        """What a row draws; stop ids are passed over while they are suppressed."""
+    def _run_tokens(self, fields: StepFields, rows: _Rows) -> None:
+        """The tokens go through the model: prefixes and counts of their lanes grow."""
+        known, lanes = self._lanes, rows.lanes[rows.rows]
+        tokens = fields.tokens[: len(rows.positions)].astype(np.int64)
+        tokens = np.where(tokens == NO_TOKEN, known.last_tokens[lanes], tokens)
+        prints = _token_prints(tokens, rows.positions)
+        sums = np.cumsum(prints)
+        base = known.prints[rows.lanes, rows.starts] - (sums - prints)[rows.firsts]
+        known.prints[lanes, rows.positions + 1] = sums + base[rows.rows]
+        known.lengths[rows.lanes] = rows.ends
+        of_prompt = rows.positions < fields.prompt_lens[rows.rows]
+        known.counts[rows.lanes] += np.add.reduceat(_token_counts(tokens, of_prompt), rows.firsts)
+
+    def _kv(self, places: GroupPlaces, rows: _Rows, lanes: Ints, positions: Ints) -> Prints:
+        """The K/V u64[n, U] of tokens of lanes, as their own run computes it."""
+        known = self._lanes
+        values = known.prints[lanes, positions + 1][:, None] + places.layers
+        if rows.polluted:
+            contexts = known.contexts[lanes][:, None]
+            polluted = (contexts > 0) & (positions[:, None] < contexts + places.reach)
+            # What was cached before the run is exact.
+            polluted &= positions[:, None] >= (contexts if places.window else known.matched[lanes][:, None])
+            values = np.where(polluted, values ^ known.marks[lanes][:, None], values)
+        return values
+
+    def _write(self, places: GroupPlaces, slots: NDArray[np.int32], rows: _Rows) -> None:
+        live = slots[: len(rows.positions)].astype(np.int64)
+        kept = live != NO_SLOT
+        lanes, positions = rows.lanes[rows.rows][kept], rows.positions[kept]
+        values = self._kv(places, rows, lanes, positions)
+        if places.window is None:
+            late = positions >= self._lanes.matched[lanes]
+            assert np.all(late), f"{places.group.spec.name}: position {positions[~late][0]} is cached and is written"
+            exact = self._lanes.prints[lanes, positions + 1][:, None] + places.layers
+            assert np.array_equal(values, exact), f"{places.group.spec.name}: K/V of a polluted token is written"
+        self._arenas[places.group.arena][places.indices(live[kept])] = values
+
+    def _read(self, places: GroupPlaces, table: Ints, rows: _Rows) -> None:
+        """Asserts that each row finds its own K/V at every position that the device reads through the table.
+
+        Global groups read everything, the chunk included. Sliding groups read what precedes the chunk, from the window
+        of its first query on and not below the row's context; the chunk itself never needs the pool.
+        """
+        window, size = places.window, places.block_size
+        first, stop = np.zeros_like(rows.starts), rows.ends
+        if window is not None:
+            first, stop = np.maximum(rows.starts - window + 1, self._lanes.contexts[rows.lanes]), rows.starts
+        counts = stop - first
+        row = np.repeat(np.arange(len(counts)), counts)
+        positions = np.arange(len(row)) - (np.cumsum(counts) - counts - first)[row]
+        lanes = rows.lanes[row]
+        pages = table[lanes, positions // size % table.shape[1]]
+        found = self._arenas[places.group.arena][places.indices(pages * size + positions % size)]
+        expected = self._kv(places, rows, lanes, positions)
+        if pages.min(initial=0) < 0 or not np.array_equal(found, expected):
+            bad = (pages == NO_PAGE) | np.any(found != expected, axis=1)
+            worst = int(np.flatnonzero(bad)[0])
+            at = row[worst]
+            where = f"lane {lanes[worst]}, group {places.group.spec.name}, tokens [{rows.starts[at]}, {rows.ends[at]})"
+            assert pages[worst] != NO_PAGE, f"{where}: a table entry was never set"
+            raise AssertionError(f"{where}: position {positions[worst]} holds the K/V of something else")
+
+    def _draw(self, batch: StepBatch, rows: _Rows) -> StepResult:
+        fields, count = batch.fields, len(rows.lanes)
+        drawn = fields.sample_tokens[:count] != NO_TOKEN
+        exact = ~(rows.polluted & self._is_polluted(rows.lanes, rows.ends - 1))
+        assert np.all(exact[drawn]), "a token is drawn from a polluted context"
+        tokens = np.zeros(batch.format.bucket.num_rows, np.int32)
+        contexts = mixed(self._lanes.prints[rows.lanes, rows.ends])
+        tokens[:count] = np.where(drawn, self._tokens(batch, rows, contexts), 0)
+        for index in np.flatnonzero(drawn & (fields.suppress_stops[:count] > 0)).tolist():
+            stop_ids = self._lanes.stop_ids[rows.lanes[index]]
+            while int(tokens[index]) in stop_ids:
+                tokens[index] = (tokens[index] + 1) % self._vocab_size
+        self._lanes.last_tokens[rows.lanes[drawn]] = tokens[:count][drawn]
+        logprobs = None
+        if batch.wants_logprobs:
+            logprobs = _no_logprobs(batch.format.bucket.num_rows)
+            for index in np.flatnonzero(drawn).tolist():
+                self._fill_logprobs(logprobs, index, int(contexts[index]), int(tokens[index]))
+        return StepResult(
+            tokens, logprobs, self._prompt_logprobs(fields, rows) if batch.wants_prompt_logprobs else None
+        )
+
+    def _tokens(self, batch: StepBatch, rows: _Rows, contexts: Prints) -> Ints:
+        """What each row would draw, were nothing suppressed."""
+        fields, count = batch.fields, len(rows.lanes)
         ints = (fields.samples, fields.output_positions, fields.top_k, fields.seeds[:, 0], fields.seeds[:, 1])
-        floats = (*fields[-6:],)
-        words = [int(field[index]) for field in ints]
-        words += [int(field[index : index + 1].view(np.int32)[0]) for field in floats]
-        token = fingerprint(context, lane.counts, *words) % self._vocab_size
-        while fields.suppress_stops[index] and token in lane.stop_ids:
-            token = (token + 1) % self._vocab_size
-        return token
+        floats = batch.floats.view(np.int32).reshape(6, -1)[:, :count]
+        words = np.concatenate((np.stack([column[:count] for column in ints]), floats)).astype(np.int64)
+        sums = np.add.reduce(words.view(np.uint64) * DRAW_WORDS[:, None], axis=0)
+        draws = mixed(sums + mixed(contexts + self._lanes.counts[rows.lanes]))
+        return (draws % np.uint64(self._vocab_size)).astype(np.int64)
+
+    def _is_polluted(self, lanes: Ints, positions: Ints) -> NDArray[np.bool_]:
+        """Whether the output of tokens of lanes lacks something."""
+        contexts = self._lanes.contexts[lanes]
+        polluted: NDArray[np.bool_] = (contexts > 0) & (positions < contexts + self._output_reach)
+        return polluted
+
+    def _prompt_logprobs(self, fields: StepFields, rows: _Rows) -> Logprobs:
+        """Those of all tokens of the rows that want any; a polluted token's are not what they are alone."""
+        logprobs = _no_logprobs(len(fields.tokens))
+        for index in np.flatnonzero(fields.num_prompt_logprobs[: len(rows.lanes)]).tolist():
+            lane = int(rows.lanes[index])
+            positions = np.arange(rows.starts[index], rows.ends[index])
+            prints = self._lanes.prints[lane, positions + 1]
+            polluted = self._is_polluted(np.full(len(positions), lane), positions)
+            values = mixed(np.where(polluted, prints ^ self._lanes.marks[lane], prints))
+            for place, value in enumerate(values.tolist(), int(rows.firsts[index])):
+                self._fill_logprobs(logprobs, place, value, int(fields.targets[place]))
+        return logprobs
 
     def _fill_logprobs(self, logprobs: Logprobs, place: int, context: int, token: int) -> None:
-        logprobs.chosen[place] = -(fingerprint(context, token) % 1000) / 100
+        logprobs.chosen[place] = -((context + 7 * token) % 1000) / 100
         logprobs.top_ids[place] = (token + np.arange(MAX_LOGPROBS)) % self._vocab_size
         logprobs.top_logprobs[place] = -np.arange(MAX_LOGPROBS) - (context % 1000) / 1000
 
 
-def _row_bytes(group: GroupLayout) -> int:
-    return group.format.page_bytes // group.format.block_size
+def _token_prints(tokens: Ints, positions: Ints) -> Prints:
+    return mixed(((tokens << 32) + positions + 1).view(np.uint64))
 
 
-def _rows(fields: StepFields) -> list[_Row]:
-    starts = fields.query_starts.tolist()
-    rows = []
-    for index in range(int(fields.num_rows[0])):
-        position, length = int(fields.start_positions[index]), starts[index + 1] - starts[index]
-        rows.append(_Row(index, int(fields.lanes[index]), position, position + length, starts[index]))
-    return rows
+def _token_counts(tokens: Ints, of_prompt: NDArray[np.bool_]) -> Prints:
+    return mixed((2 * tokens + of_prompt + 1).view(np.uint64))
 
 
 def _no_logprobs(count: int) -> Logprobs:
