@@ -1,13 +1,31 @@
 """The ways of keeping a cache that a simulation compares.
 
-Owns: their names, and what each changes. Must never: implement one (``hkv_jax.kvcache`` does).
+Owns: their names, what each changes, and plain LRU, which the engine does not have. Must never: implement a cache
+(``hkv_jax.kvcache`` does).
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
+from hkv_jax.kvcache.join_points import JoinKind, JoinPoint, Stake
+from hkv_jax.kvcache.policy import CachePolicy
 from tools.cache_simulation.model_geometry import ModelGeometry
+
+
+class LeastRecentlyUsed:
+    """Evicts what was used longest ago, whatever it would save or free."""
+
+    def key(self, join: JoinPoint, _stake: Stake) -> float:
+        """When it was used last."""
+        return join.last_use
+
+    def note_match(self, kind: JoinKind, gone: bool) -> None:
+        """Nothing is learned."""
+
+    def note_created(self, kind: JoinKind) -> None:
+        """Nothing is learned."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -16,6 +34,7 @@ class Policy:
 
     name: str
     summary: str
+    cache_policy: Callable[[], CachePolicy] = CachePolicy
     all_global: bool = False
 
     def geometry(self, geometry: ModelGeometry) -> ModelGeometry:
@@ -28,5 +47,18 @@ POLICIES = {
     for policy in (
         Policy("hybrid", "the engine's own"),
         Policy("all-global", "sliding layers keep everything, as a cache without windows would", all_global=True),
+        Policy("no-tails", "no sliding tail is kept for later requests", lambda: CachePolicy(checkpoints=False)),
+        Policy(
+            "no-tails-no-rebuild",
+            "no sliding tail is kept, and none is rebuilt",
+            lambda: CachePolicy(checkpoints=False, tail_repair=False),
+        ),
+        Policy("no-rebuild", "a lost tail shortens the hit", lambda: CachePolicy(tail_repair=False)),
+        Policy(
+            "truncate-lru",
+            "no-rebuild, and what was used longest ago is evicted first",
+            lambda: CachePolicy(tail_repair=False, order=LeastRecentlyUsed()),
+        ),
+        Policy("no-cache", "nothing is kept when a request ends", lambda: CachePolicy(enabled=False)),
     )
 }

@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 
 from hkv_jax.config import EngineConfig
+from hkv_jax.kvcache.manager import CacheManager
 from tools.cache_simulation.measurements import Measurements
 from tools.cache_simulation.model_geometry import ModelGeometry
 from tools.cache_simulation.policies import POLICIES
@@ -41,7 +42,9 @@ class Simulation:
         """
         policy = POLICIES[self.policy]
         layout = simulated_layout(self.config, policy.geometry(self.geometry), self.static_share)
-        return Replay(self.requests, layout, simulated_limits(self.config, layout), self.cost)
+        limits = simulated_limits(self.config, layout)
+        cache = CacheManager(layout, limits.max_num_seqs, policy.cache_policy())
+        return Replay(self.requests, cache, limits, self.cost)
 
     def run(self, after_step: Callable[[Replay], None] | None = None) -> Measurements:
         """The whole run; ``after_step`` sees the replay after each step.

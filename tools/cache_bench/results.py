@@ -1,0 +1,66 @@
+"""Runs in worker processes, each once, with progress.
+
+Owns: the results so far. Must never: know what they are for.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from tools.cache_bench.cases import Case, Result, Run, measure
+
+
+class RunFailedError(Exception):
+    """A run came to no end; the message says which, and why."""
+
+
+class Results:
+    """What runs measured; one that is asked for again is not made again."""
+
+    def __init__(self, jobs: int, tell: Callable[[str], None], measure_one: Callable[[Run], Result] = measure) -> None:
+        """``jobs`` processes; each finished run is told."""
+        self._jobs, self._tell, self._measure = jobs, tell, measure_one
+        self._known: dict[Run, Result] = {}
+
+    def __getitem__(self, run: Run) -> Result:
+        """The result of a run that was made."""
+        return self._known[run]
+
+    def make(self, runs: Iterable[Run]) -> None:
+        """Makes those of ``runs`` that were not made yet.
+
+        Raises:
+            RunFailedError: one failed; those that had ended are kept.
+        """
+        missing = [run for run in dict.fromkeys(runs) if run not in self._known]
+        began = time.monotonic()
+        with concurrent.futures.ProcessPoolExecutor(max_workers=self._jobs) as workers:
+            futures = {workers.submit(self._measure, run): run for run in missing}
+            for number, future in enumerate(concurrent.futures.as_completed(futures), 1):
+                run = futures[future]
+                try:
+                    self._known[run] = future.result()
+                except Exception as error:
+                    workers.shutdown(wait=False, cancel_futures=True)
+                    raise RunFailedError(f"{run}: {type(error).__name__}: {error}") from error
+                self._tell(f"{number} of {len(missing)} ({time.monotonic() - began:.0f} s): {run}")
+
+    def save(self, path: Path) -> None:
+        """One JSON object a run."""
+        lines = [
+            json.dumps({"run": dataclasses.asdict(run), "result": result})
+            for run, result in sorted(self._known.items(), key=str)
+        ]
+        path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+
+    def load(self, path: Path) -> None:
+        """Takes the results that ``save`` wrote."""
+        for line in path.read_text(encoding="utf-8").splitlines():
+            entry = json.loads(line)
+            fields = entry["run"]
+            self._known[Run(**{**fields, "case": Case(**fields["case"])})] = entry["result"]
