@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import time
+from collections.abc import Callable
 from typing import Protocol, Self
 
 from hkv_jax.engine.batch import StepBatch, build
@@ -81,11 +83,16 @@ class Engine:
 
     @classmethod
     def over(
-        cls, layout: KVLayout, config: SchedulerConfig, runner: StepRunner, policy: CachePolicy | None = None
+        cls,
+        layout: KVLayout,
+        config: SchedulerConfig,
+        runner: StepRunner,
+        policy: CachePolicy | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> Self:
         """An idle engine with a scheduler and a cache of its own; ``runner`` is made for the same layout and limits."""
         cache = CacheManager(layout, config.max_num_seqs, policy)
-        return cls(Scheduler(config, cache), cache, runner)
+        return cls(Scheduler(config, cache, clock), cache, runner)
 
     @property
     def buckets(self) -> Buckets:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import time
+from collections.abc import Callable
 
 from hkv_jax.engine.buckets import Buckets
 from hkv_jax.engine.engine import Engine
@@ -10,6 +12,7 @@ from hkv_jax.engine.scheduler import SchedulerConfig
 from hkv_jax.engine.token_event import TokenEvent
 from hkv_jax.kvcache.format import PageLayout
 from hkv_jax.kvcache.layout import KVLayout, LayoutRequest, plan_layout
+from hkv_jax.kvcache.policy import CachePolicy
 from hkv_jax.spec import KVGroupSpec, LayerKind
 from hkv_jax.testing.fake_runner import FakeRunner
 
@@ -37,6 +40,8 @@ class FakeEngineConfig:
     max_num_batched_tokens: int = 32
     max_prefill_chunk: int = 32
     vocab_size: int = 97
+    max_bypass_seconds: float = 30.0
+    max_prefix_wait_seconds: float = 30.0
 
     def layout(self) -> KVLayout:
         """The cache's layout for these limits."""
@@ -66,6 +71,8 @@ class FakeEngineConfig:
             self.max_prefill_chunk,
             self.max_model_len,
             self.vocab_size,
+            self.max_bypass_seconds,
+            self.max_prefix_wait_seconds,
         )
 
 
@@ -76,13 +83,17 @@ def tight_config(num_blocks: int, max_model_len: int) -> FakeEngineConfig:
     return FakeEngineConfig(groups=(global_group(),), kv_cache_memory=memory, max_model_len=max_model_len)
 
 
-def fake_engine(config: FakeEngineConfig | None = None) -> Engine:
-    """An idle engine over a ``FakeRunner``."""
+def fake_engine(
+    config: FakeEngineConfig | None = None,
+    policy: CachePolicy | None = None,
+    clock: Callable[[], float] = time.monotonic,
+) -> Engine:
+    """An idle engine over a ``FakeRunner``; ``clock`` counts seconds."""
     config = config or FakeEngineConfig()
     layout = config.layout()
     buckets = Buckets(config.max_num_seqs, config.max_num_batched_tokens, layout.block_sizes)
     runner = FakeRunner(layout, buckets, config.max_num_seqs, config.vocab_size)
-    return Engine.over(layout, config.scheduler_config(), runner)
+    return Engine.over(layout, config.scheduler_config(), runner, policy, clock)
 
 
 def run_to_end(engine: Engine) -> dict[tuple[str, int], list[TokenEvent]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from hkv_jax.engine.batch import build
@@ -9,21 +11,33 @@ from hkv_jax.engine.plan import StepPlan
 from hkv_jax.engine.request import Request
 from hkv_jax.engine.step_result import StepResult
 from hkv_jax.engine.token_event import TokenEvent
+from hkv_jax.kvcache.policy import CachePolicy
 from hkv_jax.sampling_params import SamplingParams
 from hkv_jax.testing.fake_engine import FakeEngineConfig, fake_engine
 
 
 class HandDriven:
-    """A scheduler whose plans are built as the engine builds them, and answered with tokens given by hand."""
+    """A scheduler whose plans are built as the engine builds them, and answered with tokens given by hand.
 
-    def __init__(self, config: FakeEngineConfig | None = None) -> None:
+    ``now`` is its clock in seconds.
+    """
+
+    def __init__(self, config: FakeEngineConfig | None = None, policy: CachePolicy | None = None) -> None:
         """An idle engine for these limits."""
-        self.engine = fake_engine(config)
+        self.now = 0.0
+        self.engine = fake_engine(config, policy, lambda: self.now)
         self.scheduler, self.cache = self.engine.scheduler, self.engine.cache
+        self._num_prompts = 0
 
-    def add(self, name: str, prompt_len: int, **params: object) -> None:
-        """Queues a prompt of ones; ``params`` are those of ``SamplingParams``."""
-        self.scheduler.add(Request.create(name, [1] * prompt_len, SamplingParams(**params)))  # type: ignore[arg-type]
+    def add(self, name: str, prompt: int | Sequence[int], **params: object) -> None:
+        """Queues a prompt of given tokens, or of so many that no other prompt begins with.
+
+        ``params`` are those of ``SamplingParams``.
+        """
+        if isinstance(prompt, int):
+            self._num_prompts += 1
+            prompt = [self._num_prompts] * prompt
+        self.scheduler.add(Request.create(name, prompt, SamplingParams(**params)))  # type: ignore[arg-type]
 
     def try_plan(self) -> StepPlan | None:
         """The next plan, built but not run, or ``None``."""
