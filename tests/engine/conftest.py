@@ -10,6 +10,8 @@ import pytest
 
 from hkv_jax.engine.engine import Engine
 from hkv_jax.engine.loop import EngineLoop, ServedModel
+from hkv_jax.engine import scheduler
+from hkv_jax.kvcache import manager
 from hkv_jax.testing.fake_engine import FakeEngineConfig, fake_engine
 from hkv_jax.testing.stepped_engine import SteppedEngine
 from hkv_jax.testing.tiny_tokenizer import byte_level_tokenizer, write_tokenizer
@@ -23,6 +25,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> ServedModel:
     folder: Path = tmp_path_factory.mktemp("tokenizer")
     write_tokenizer(folder, byte_level_tokenizer())
     return ServedModel(Tokenizer.from_folder(folder), eos_token_ids=(1,))
+
+
+@pytest.fixture
+def short_sighted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Admission counts no token that is not known yet: in small pools this is how preemptions come about."""
+    for module in (manager, scheduler):
+        monkeypatch.setattr(module, "GROWTH_TOKENS", 0)
 
 
 Opener = Callable[..., EngineLoop]

@@ -9,6 +9,7 @@ import pytest
 from hkv_jax.engine.request import Request
 from hkv_jax.engine.scheduler import SchedulerConfig
 from hkv_jax.errors import RequestError
+from hkv_jax.kvcache.policy import CachePolicy
 from hkv_jax.outputs import FinishReason
 from hkv_jax.sampling_params import SamplingParams
 from hkv_jax.testing.fake_engine import FakeEngineConfig, tight_config
@@ -18,9 +19,12 @@ BASE = FakeEngineConfig()
 
 
 @pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(SchedulerConfig)])
-def test_limits_below_one_are_refused(field: str) -> None:
+def test_limits_below_the_least_are_refused(field: str) -> None:
     good = SchedulerConfig(4, 16, 16, 100, 50)
-    with pytest.raises(ValueError, match=field):
+    least = 0 if field.endswith("_seconds") else 1
+    with pytest.raises(ValueError, match=f"{field} is {least - 1}; it must be at least {least}"):
+        dataclasses.replace(good, **{field: least - 1})
+    if not least:
         dataclasses.replace(good, **{field: 0})
 
 
@@ -163,8 +167,10 @@ def test_nobody_passes_the_head_of_the_queue() -> None:
     assert driven.scheduler.num_waiting == 2
 
 
-def test_a_preempted_sequence_waits_for_its_unread_token_and_computes_everything_again() -> None:
-    driven = HandDriven(tight_config(4, 32))
+@pytest.mark.usefixtures("short_sighted")
+@pytest.mark.parametrize(("enabled", "begins"), [(True, 8), (False, 0)])
+def test_a_preempted_sequence_waits_for_its_unread_token_and_computes_what_it_lost(enabled: bool, begins: int) -> None:
+    driven = HandDriven(tight_config(4, 32), CachePolicy(enabled=enabled))
     driven.add("a", 15)
     driven.add("b", 15)
     first, second = driven.plan(), driven.plan()
@@ -180,11 +186,13 @@ def test_a_preempted_sequence_waits_for_its_unread_token_and_computes_everything
     assert b.output_token_ids == [3, 4]
     assert driven.commit(third) == []
     again = driven.plan()
-    assert chunks_of(again) == [("b", 0, 17, True)]
+    # Of the 16 tokens it had computed, "a" has taken the second block.
+    assert chunks_of(again) == [("b", begins, 17, True)]
     assert [event.token_id for event in driven.commit(again, 5)] == [5]
     assert b.output_token_ids == [3, 4, 5]
 
 
+@pytest.mark.usefixtures("short_sighted")
 def test_the_youngest_sits_out_rather_than_giving_way_to_itself() -> None:
     driven = HandDriven(tight_config(4, 32))
     driven.add("a", 10)
@@ -201,9 +209,11 @@ def test_the_youngest_sits_out_rather_than_giving_way_to_itself() -> None:
     assert driven.scheduler.num_running == 1
     driven.scheduler.abort("b")
     driven.commit(short)
-    assert chunks_of(driven.plan()) == [("c", 0, 17, True)]
+    # It finds the first of the two blocks it had; "b" took the other.
+    assert chunks_of(driven.plan()) == [("c", 8, 17, True)]
 
 
+@pytest.mark.usefixtures("short_sighted")
 def test_one_that_sits_out_keeps_what_it_holds_and_nobody_is_admitted() -> None:
     driven = HandDriven(tight_config(4, 32))
     driven.add("a", 3)
@@ -219,20 +229,21 @@ def test_one_that_sits_out_keeps_what_it_holds_and_nobody_is_admitted() -> None:
     assert decoding(driven.plan()) == ["b"]
 
 
+@pytest.mark.usefixtures("short_sighted")
 def test_a_prefill_takes_blocks_of_younger_decodes_already_in_the_plan() -> None:
-    driven = HandDriven(dataclasses.replace(tight_config(8, 64), max_prefill_chunk=8, max_num_batched_tokens=16))
-    driven.add("old", 60)
+    driven = HandDriven(dataclasses.replace(tight_config(6, 48), max_prefill_chunk=4, max_num_batched_tokens=16))
+    driven.add("old", 40)
     driven.commit(driven.plan())
     driven.add("young", 4)
     seen = []
-    for _ in range(7):
+    for _ in range(9):
         plan = driven.plan()
         seen.append((decoding(plan), [span[:3] for span in chunks_of(plan)]))
         driven.commit(plan)
-    assert seen[0] == ([], [("old", 8, 16), ("young", 0, 4)])
-    assert seen[4] == (["young"], [("old", 40, 48)])
-    assert seen[5] == ([], [("old", 48, 56)]), "of eight blocks, the decode had just taken its second"
-    assert seen[6] == ([], [("old", 56, 60)])
+    assert seen[0] == ([], [("old", 4, 8), ("young", 0, 4)])
+    assert seen[6] == (["young"], [("old", 28, 32)])
+    assert seen[7] == ([], [("old", 32, 36)]), "of six blocks, the decode had taken its second two steps before"
+    assert seen[8] == ([], [("old", 36, 40)])
 
 
 def test_abort_frees_everything_now_and_drops_what_comes_back() -> None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 
+import pytest
+
+from hkv_jax.kvcache.policy import CachePolicy
 from hkv_jax.testing.fake_engine import FakeEngineConfig, tight_config
 from hkv_jax.testing.hand_driven import HandDriven, chunks_of
 
@@ -42,18 +45,20 @@ def test_samples_of_a_single_token_have_nothing_to_share() -> None:
     assert chunks_of(plan) == [("a", 0, 1, True)] * 3
 
 
-def test_samples_without_a_lane_wait_and_compute_the_prompt_themselves() -> None:
-    driven = HandDriven(dataclasses.replace(BASE, max_num_seqs=2))
+@pytest.mark.parametrize(("enabled", "begins"), [(True, 8), (False, 0)])
+def test_samples_without_a_lane_wait_and_compute_what_is_not_cached_themselves(enabled: bool, begins: int) -> None:
+    driven = HandDriven(dataclasses.replace(BASE, max_num_seqs=2), CachePolicy(enabled=enabled))
     driven.add("a", 10, n=4, max_tokens=1)
     driven.plan()
     second = driven.plan()
     assert len(second.forks) == 1
     assert driven.scheduler.num_waiting == 2
-    assert chunks_of(driven.plan()) == [("a", 0, 10, True)] * 2
+    assert chunks_of(driven.plan()) == [("a", begins, 10, True)] * 2
 
 
 def test_a_sample_that_comes_late_goes_before_those_that_overtook_it() -> None:
-    driven = HandDriven(dataclasses.replace(BASE, max_num_seqs=2, max_num_batched_tokens=16, max_prefill_chunk=8))
+    config = dataclasses.replace(BASE, max_num_seqs=2, max_num_batched_tokens=16, max_prefill_chunk=8)
+    driven = HandDriven(config, CachePolicy(enabled=False))  # else it would have nothing to compute but its last token
     driven.add("a", 20, n=2)
     driven.add("b", 100)
     for _ in range(4):

@@ -13,31 +13,34 @@ def sequence(arrival: int, sample: int = 0) -> Sequence:
     return Sequence.create(Request.create(f"{arrival}", [1], SamplingParams(n=8)), sample, arrival, 10)
 
 
-def test_those_that_come_back_find_their_place() -> None:
+def test_everyone_finds_their_place() -> None:
     queue = WaitingQueue()
-    for arrival in (5, 6, 7):
-        queue.append(sequence(arrival))
-    for arrival, sample in ((3, 0), (1, 0), (5, 2), (3, 1)):
+    assert queue.head is None
+    for arrival, sample in ((5, 0), (6, 0), (7, 0), (3, 0), (1, 0), (5, 2), (3, 1)):
         queue.insert(sequence(arrival, sample))
     assert [each.age for each in queue] == [(1, 0), (3, 0), (3, 1), (5, 0), (5, 2), (6, 0), (7, 0)]
+    assert queue.head is not None
     assert queue.head.age == (1, 0)
-    assert queue.pop().age == (1, 0)
-    assert len(queue) == 6
-
-
-def test_a_new_one_is_the_youngest() -> None:
-    queue = WaitingQueue()
-    queue.append(sequence(2))
-    with pytest.raises(AssertionError):
-        queue.append(sequence(1))
+    assert len(queue) == 7
 
 
 def test_one_is_taken_out_of_the_middle() -> None:
     queue = WaitingQueue()
     members = [sequence(arrival) for arrival in range(3)]
     for member in members:
-        queue.append(member)
+        queue.insert(member)
     queue.remove(members[1])
     assert list(queue) == [members[0], members[2]]
-    with pytest.raises(ValueError, match="not in"):
+    assert [member in queue for member in members] == [True, False, True]
+    with pytest.raises(ValueError, match="does not wait here"):
         queue.remove(members[1])
+
+
+def test_another_of_the_same_age_is_not_the_one() -> None:
+    queue = WaitingQueue()
+    queue.insert(sequence(1))
+    other = sequence(1)
+    assert other not in queue
+    with pytest.raises(ValueError, match="does not wait here"):
+        queue.remove(other)
+    assert len(queue) == 1
