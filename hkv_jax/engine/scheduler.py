@@ -301,9 +301,9 @@ class Scheduler:
         growth = min(GROWTH_TOKENS, sequence.max_total_tokens - sequence.num_tokens)
         demand = Demand(sequence.num_tokens, end, prefill.keep_from(use.start, end), growth)
         busy = [lane for lane, other in enumerate(self.lanes.sequences) if other is not None]
-        growth_tokens = self.lanes.limits[busy] + 1 - np.maximum(self.lanes.positions[busy], self.lanes.prompt_lens[busy])
         prefilling = [(other.lane, other.num_tokens) for other in self._prefilling]
-        promised = self._cache.promised(prefilling, growth_tokens)
+        positions = np.maximum(self.lanes.positions[busy], self.lanes.prompt_lens[busy])
+        promised = self._cache.promised(prefilling, positions, self.lanes.limits[busy])
         return self._cache.has_room(demand, prefill.path, use, promised)
 
     def _note_admission(self, sequence: Sequence, use: PrefixUse) -> None:
@@ -349,6 +349,7 @@ class Scheduler:
             fork = None
             if self.lanes.num_free:
                 lane = self.lanes.open(sibling, num_tokens)
+                self.lanes.context_starts[lane] = self.lanes.context_starts[leader.lane]
                 fork = self._cache.fork(leader.lane, lane, num_tokens)
                 if fork is None:
                     self.lanes.close(sibling)

@@ -117,6 +117,11 @@ class BlockTable:
         self.lost = range(start, self.first_kept * self.block_size)
         self.reach = max(self.reach, self.first_block + len(self.ids))
 
+    def is_whole(self, number: int) -> bool:
+        """Whether the last chunk wrote all that it had for block ``number``: it may hold tokens of the chunk before."""
+        size = self.block_size
+        return max(self.lost.start, number * size) >= min(self.lost.stop, (number + 1) * size)
+
     def check_return(self, num_tokens: int) -> None:
         """Raises ``ValueError`` where the sequence could not go on from its first ``num_tokens`` tokens."""
         if num_tokens > self.capacity:

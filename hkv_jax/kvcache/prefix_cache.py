@@ -86,6 +86,9 @@ class PrefixCache:
         state = _LanePrefix(node, exact, zone)
         self.tree.pin(node)
         self._lanes[lane] = state
+        if path is not None:
+            digests = path.chain.digests
+            self.joins.look_for_ghosts(digests[i] for i in range(path.limit - 1, use.start // self.block_size - 1, -1))
         if path is not None and use.start and not use.context_start and self.policy.checkpoints:
             join = self.joins.create(self._node_at(path, use.start), JoinKind.RUNNING, self.now)
             assert join is not None, "a tail was lost between match and admission"
@@ -182,7 +185,8 @@ class PrefixCache:
                 if block == HOLE or block == known:
                     continue
                 if known == HOLE:
-                    if number >= state.exact_blocks[group] and not cache.pool.has_name(block):
+                    exact = number >= state.exact_blocks[group] and table.is_whole(number)
+                    if exact and not cache.pool.has_name(block):
                         self.tree.name(node, group, index, block)
                 elif cache.window is None:
                     cache.replace(lane, number, known)
