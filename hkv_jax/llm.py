@@ -23,11 +23,13 @@ from hkv_jax.engine.loop import EngineLoop
 from hkv_jax.engine.open_model import EngineFactory, OpenModel, Progress, open_model
 from hkv_jax.engine.outbox import RequestStream
 from hkv_jax.engine.stats import EngineStats
+from hkv_jax.engine.stats_plot import plot_history
 from hkv_jax.errors import RequestError
 from hkv_jax.outputs import RequestOutput, StreamDelta
 from hkv_jax.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
     from rich.console import Console
 
     from hkv_jax.kvcache.layout import KVLayout
@@ -201,6 +203,16 @@ class LLM:
     def stats(self) -> EngineStats:
         """What the engine has done, and how full each pool is and has been."""
         return self.loop.stats()
+
+    def plot(self) -> Figure:
+        """Draws what the KV cache held since the model was opened, and how prompts were served; no request need live.
+
+        In a notebook, as a cell's last line, it shows the figure; elsewhere: ``llm.plot().savefig("cache.png")``.
+
+        Raises:
+            ConfigError: matplotlib is not installed; the ``notebook`` extra brings it.
+        """
+        return plot_history(self.loop.history())
 
     def close(self) -> None:
         """Ends the engine and frees its memory; living requests end with ``EngineStoppedError``. Twice does no harm."""

@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from hkv_jax.engine.prefix_stats import PrefixStats
 from hkv_jax.outputs import Completion, FinishReason, PrefixHit, RequestOutput, StreamDelta, TokenLogprob, Usage
 from hkv_jax.sampling_params import SamplingParams
 from serving.info import PoolInfo, ServerInfo
@@ -157,25 +158,38 @@ def usage_from_wire(message: pb.Usage) -> Usage:
 
 def info_to_wire(info: ServerInfo) -> pb.GetServerInfoResponse:
     """What the server says about itself."""
-    pools = [pb.KVPool(**dataclasses.asdict(pool)) for pool in info.pools]
     return pb.GetServerInfoResponse(
-        kv_cache=pb.KVCacheInfo(pools=pools, all_global_peak_bytes=info.all_global_peak_bytes),
+        kv_cache=pb.KVCacheInfo(
+            pools=[pb.KVPool(**dataclasses.asdict(pool)) for pool in info.pools],
+            all_global_peak_bytes=info.all_global_peak_bytes,
+            slabs_moved=info.slabs_moved,
+        ),
+        prefix_cache=pb.PrefixCacheInfo(
+            hits=pb.PrefixHitCounts(**{str(hit): count for hit, count in info.prefix.hits.items()}),
+            **{name: getattr(info.prefix, name) for name in _PREFIX_SCALARS},
+        ),
         **{name: getattr(info, name) for name in _INFO_SCALARS},
     )
 
 
 def info_from_wire(message: pb.GetServerInfoResponse) -> ServerInfo:
     """The inverse."""
-    cache = message.kv_cache
+    cache, prefix = message.kv_cache, message.prefix_cache
     names = [field.name for field in dataclasses.fields(PoolInfo)]
     return ServerInfo(
         pools=tuple(PoolInfo(**{name: getattr(pool, name) for name in names}) for pool in cache.pools),
         all_global_peak_bytes=cache.all_global_peak_bytes if cache.HasField("all_global_peak_bytes") else None,
+        prefix=PrefixStats(
+            hits={hit: getattr(prefix.hits, hit) for hit in PrefixHit},
+            **{name: getattr(prefix, name) for name in _PREFIX_SCALARS},
+        ),
+        slabs_moved=cache.slabs_moved,
         **{name: getattr(message, name) for name in _INFO_SCALARS},
     )
 
 
 _CONTAINERS: dict[str, Callable[[Any], Any]] = {"stop": tuple, "stop_token_ids": tuple, "logit_bias": dict}
+_PREFIX_SCALARS = tuple(field.name for field in dataclasses.fields(PrefixStats) if field.name != "hits")
 _INFO_SCALARS = (
     *("version", "model", "max_model_len", "vocab_size"),
     *("max_num_seqs", "running_sequences", "waiting_sequences"),

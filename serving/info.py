@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import hkv_jax
+from hkv_jax.engine.prefix_stats import PrefixStats
 
 if TYPE_CHECKING:
     from hkv_jax.engine.loop import EngineLoop
@@ -21,8 +22,9 @@ _GLOBAL = "global"
 class PoolInfo:
     """The pool of one attention group since start: counts of blocks, ``block_size`` in tokens, bytes on one device.
 
-    ``name`` begins with the kind of its layers, ``global`` or ``sliding``. ``released_early_blocks`` were given back
-    while their request ran, because the window had moved past them.
+    ``name`` begins with the kind of its layers, ``global`` or ``sliding``. Requests hold the ``used_blocks``; the
+    ``cached_blocks`` nobody holds, but the next request that begins with the same tokens can use them. The
+    ``released_early_blocks`` were given back while their request ran, because the window had moved past them.
     """
 
     name: str
@@ -32,6 +34,7 @@ class PoolInfo:
     used_blocks: int
     peak_used_blocks: int
     released_early_blocks: int
+    cached_blocks: int
 
     @property
     def peak_bytes(self) -> int:
@@ -41,7 +44,10 @@ class PoolInfo:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ServerInfo:
-    """What is served, within which limits (tokens, ids, sequences), and what the KV cache holds."""
+    """What is served, within which limits (tokens, ids, sequences), and what the KV cache holds and has saved.
+
+    ``slabs_moved`` counts how often a part of the memory went from one pool to another.
+    """
 
     version: str
     model: str
@@ -52,6 +58,8 @@ class ServerInfo:
     waiting_sequences: int
     pools: tuple[PoolInfo, ...]
     all_global_peak_bytes: int | None
+    prefix: PrefixStats
+    slabs_moved: int
 
 
 def all_global_peak_bytes(pools: Sequence[PoolInfo]) -> int | None:
@@ -81,4 +89,6 @@ def server_info(model: str, loop: EngineLoop) -> ServerInfo:
         waiting_sequences=stats.num_waiting,
         pools=pools,
         all_global_peak_bytes=all_global_peak_bytes(pools),
+        prefix=stats.prefix,
+        slabs_moved=stats.num_slabs_moved,
     )

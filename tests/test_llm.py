@@ -88,6 +88,16 @@ def test_many_more_prompts_than_can_run_at_once(llm: LLM) -> None:
     assert llm.stats().num_finished_requests == 50
 
 
+def test_a_plot_shows_every_pool(llm: LLM) -> None:
+    pytest.importorskip("matplotlib")
+    llm.generate("the cat", PARAMS)
+    memory, sequences, _ = llm.plot().axes
+    legend = memory.get_legend()
+    assert legend is not None
+    assert {text.get_text().partition(":")[0] for text in legend.get_texts()} == {"global", "sliding"}
+    assert sequences.get_ylim()[1] > 1
+
+
 @pytest.mark.parametrize(
     ("prompts", "params", "message"),
     [

@@ -28,6 +28,7 @@ from hkv_jax.errors import ConfigError
 from hkv_jax.families import TensorNames, read_model_spec
 from hkv_jax.kvcache.format import PageLayout
 from hkv_jax.kvcache.layout import KVLayout, LayoutRequest, most_useful_bytes, plan_layout
+from hkv_jax.kvcache.policy import CachePolicy
 from hkv_jax.model.checkpoint import Checkpoint
 from hkv_jax.model.parameters import Progress, load_parameters
 from hkv_jax.sharding import check_divides, make_mesh
@@ -85,6 +86,18 @@ class _Plan:
         scanned = self.platform == "tpu"
         return Blueprint(self.spec, self.mesh, layout, self.dtype, self.kv_dtype, self.limits.max_num_seqs, scanned)
 
+    def scheduler_config(self, layout: KVLayout) -> SchedulerConfig:
+        return SchedulerConfig(
+            **dataclasses.asdict(self.limits),
+            max_model_len=layout.max_model_len,
+            vocab_size=self.spec.vocab_size,
+            max_bypass_seconds=self.config.max_bypass_seconds,
+            max_prefix_wait_seconds=self.config.max_prefix_wait_seconds,
+        )
+
+    def cache_policy(self) -> CachePolicy:
+        return CachePolicy(enabled=self.config.enable_prefix_caching, tail_repair=self.config.tail_repair == "exact")
+
     def buckets(self, layout: KVLayout) -> Buckets:
         return Buckets(self.limits.max_num_seqs, self.limits.max_num_batched_tokens, layout.block_sizes)
 
@@ -107,10 +120,7 @@ def build_engine(config: EngineConfig, progress: Progress | None = None) -> Engi
     parameters = load_parameters(blueprint.decoder, checkpoint, names, plan.dtype, tell)
     programs = Programs.compile(blueprint.factory(), buckets.all, (parameters, blueprint.state), tell)
     runner = Runner(programs, parameters, blueprint.state, buckets, spec.vocab_size)
-    scheduler_config = SchedulerConfig(
-        **dataclasses.asdict(plan.limits), max_model_len=layout.max_model_len, vocab_size=spec.vocab_size
-    )
-    engine = Engine.over(layout, scheduler_config, runner)
+    engine = Engine.over(layout, plan.scheduler_config(layout), runner, plan.cache_policy())
     return EngineParts(engine, spec, layout, plan.limits, programs)
 
 

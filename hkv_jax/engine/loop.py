@@ -23,6 +23,7 @@ from hkv_jax.engine.outbox import RequestStream
 from hkv_jax.engine.output_processor import LivingRequest, OutputListener, OutputProcessor
 from hkv_jax.engine.request import Request
 from hkv_jax.engine.stats import EngineStats
+from hkv_jax.engine.stats_history import Moment, StatsHistory
 from hkv_jax.errors import EngineStoppedError, InternalError, OverloadedError, RequestError
 from hkv_jax.sampling_params import SamplingParams
 from hkv_jax.tokenizer import Tokenizer
@@ -94,6 +95,8 @@ class EngineLoop:
         # Of the loop thread alone:
         self._deadlines: list[tuple[float, int, LivingRequest]] = []
         self._stats = EngineStats.of(engine)
+        self._began_at = clock()
+        self._history = StatsHistory(self._stats)
         self._output = OutputProcessor(
             OutputListener(began=self._began, stopped=self._sample_stopped, ended=self._ended, broken=self._broken)
         )
@@ -158,6 +161,10 @@ class EngineLoop:
             return dataclasses.replace(
                 self._stats, num_requests=len(self._requests), num_finished_requests=self._num_finished
             )
+
+    def history(self) -> tuple[Moment, ...]:
+        """Counts and pools after some of the steps so far, evenly spaced; only ``stats`` counts requests."""
+        return self._history.moments()
 
     @property
     def running(self) -> bool:
@@ -236,6 +243,7 @@ class EngineLoop:
             events = []
         # First the figures, then the events: a client that sees its last token finds it counted.
         self._stats = self._stats.after_step(engine, len(events))
+        self._history.add(self._clock() - self._began_at, self._stats)
         if events:
             self._output.take(events)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 
 from hkv_jax.engine.engine import Engine
+from hkv_jax.engine.prefix_stats import PrefixStats
 from hkv_jax.engine.request import Request
 from hkv_jax.kvcache.manager import PoolStats
 
@@ -25,6 +26,8 @@ class EngineStats:
         num_output_tokens: tokens drawn.
         num_preemptions: times a sequence gave its blocks up and was computed again.
         pools: blocks of each attention group.
+        prefix: what the prefix cache has saved.
+        num_slabs_moved: times a part of the memory went from one pool to another.
     """
 
     num_running: int = 0
@@ -36,6 +39,8 @@ class EngineStats:
     num_output_tokens: int = 0
     num_preemptions: int = 0
     pools: tuple[PoolStats, ...] = ()
+    prefix: PrefixStats = dataclasses.field(default_factory=PrefixStats)
+    num_slabs_moved: int = 0
 
     @classmethod
     def of(cls, engine: Engine) -> EngineStats:
@@ -59,4 +64,6 @@ class EngineStats:
             num_output_tokens=self.num_output_tokens + num_tokens,
             num_preemptions=engine.scheduler.num_preemptions,
             pools=engine.cache.stats(),
+            prefix=engine.scheduler.prefix_stats,
+            num_slabs_moved=engine.cache.num_slabs_moved,
         )

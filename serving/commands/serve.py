@@ -10,14 +10,17 @@ import asyncio
 import concurrent.futures
 import contextlib
 import importlib.util
+import logging
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from hkv_jax.config import EngineConfig
 from hkv_jax.errors import ConfigError
+from serving.activity import activity
 from serving.commands.option_flags import add_engine_flags, add_server_flags, given_engine_options, server_config
 from serving.commands.terminal import Commands, ProgressLine, say, show_layout
 
@@ -26,9 +29,12 @@ if TYPE_CHECKING:
     from hkv_jax.engine.open_model import OpenModel
     from serving.server_options import ServerOptions
 
+logger = logging.getLogger(__name__)
+
 EXIT_CODES = {signal.SIGTERM: 0, signal.SIGINT: 130}
 EXIT_ENGINE_STOPPED = 1
 _WATCH_SECONDS = 1.0
+_ACTIVITY_SECONDS = 10.0
 
 _EPILOG = """\
 examples:
@@ -40,8 +46,10 @@ The service is hkv.v1.Inference (serving/proto/hkv_inference.proto), with grpc.h
   grpcurl -plaintext -d '{"text": "Once", "sampling": {"max_tokens": 8}}' \\
       127.0.0.1:50051 hkv.v1.Inference/GenerateStream
 
-Health is SERVING once every program is compiled. SIGTERM or Ctrl-C: no new requests, those that live may end within
---drain-seconds; a second signal cuts them off.
+Health is SERVING once every program is compiled. While requests run, a line every ten seconds says how many, how fast,
+how full the pools are and how much of the prompts was cached; GetServerInfo has the counts.
+
+SIGTERM or Ctrl-C: no new requests, those that live may end within --drain-seconds; a second signal cuts them off.
 """
 
 
@@ -148,11 +156,20 @@ async def _before(event: asyncio.Event, future: asyncio.Future[Any]) -> bool:
 
 
 async def _watch(engine: EngineLoop, signals: _Signals) -> None:
-    """Waits for the first signal, or for an engine that has stopped by itself: whoever started the server must know."""
+    """Waits for the first signal, or for an engine that has stopped by itself: whoever started the server must know.
+
+    Meanwhile it logs what the server does, as long as it does something.
+    """
+    before, since = engine.stats(), time.monotonic()
     while not signals.asked.is_set():
         if not engine.running:
             say("the engine has stopped; the log says why")
             return
+        if (seconds := time.monotonic() - since) >= _ACTIVITY_SECONDS:
+            now = engine.stats()
+            if (line := activity(before, now, seconds)) is not None:
+                logger.info(line)
+            before, since = now, since + seconds
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(signals.asked.wait(), _WATCH_SECONDS)
 

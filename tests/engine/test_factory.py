@@ -1,4 +1,4 @@
-"""The CPU's cache where nobody says how large: its memory, and how long a sequence may be; nothing is compiled."""
+"""What an engine is built from: the CPU's cache where nobody says how large, and options on their way; no compiling."""
 
 from __future__ import annotations
 
@@ -39,3 +39,27 @@ def test_a_small_host_shortens_the_longest_sequence(monkeypatch: pytest.MonkeyPa
     assert planned.max_model_len < read_model_spec(MODEL).max_position
     with pytest.raises(ConfigError, match="max_model_len at most"):
         layout(monkeypatch, 1 << 20, max_model_len=8192)
+
+
+def test_options_of_the_prefix_cache_reach_scheduler_and_cache() -> None:
+    spec = read_model_spec(MODEL)
+    given = EngineConfig(
+        model=MODEL,
+        kv_cache_memory=2**20,
+        enable_prefix_caching=False,
+        tail_repair="off",
+        max_bypass_seconds=4,
+        max_prefix_wait_seconds=0,
+    )
+    for config, expected in (
+        (EngineConfig(model=MODEL, kv_cache_memory=2**20), (True, True, 30, 30)),
+        (given, (False, False, 4, 0)),
+    ):
+        plan = factory._plan(config, spec)
+        policy, limits = plan.cache_policy(), plan.scheduler_config(factory._layout(plan))
+        assert (
+            policy.enabled,
+            policy.tail_repair,
+            limits.max_bypass_seconds,
+            limits.max_prefix_wait_seconds,
+        ) == expected

@@ -72,6 +72,18 @@ def test_requests_from_many_threads_all_end(open_loop: Opener) -> None:
     assert (stats.num_prompt_tokens, stats.num_output_tokens) == (21 * len(PROMPT), 21 * 9)
 
 
+def test_the_loop_remembers_what_it_did(open_loop: Opener) -> None:
+    loop = open_loop()
+    assert [moment.seconds for moment in loop.history()] == [0]
+    loop.submit(PROMPT, SamplingParams(max_tokens=9, ignore_eos=True)).result()
+    moments = loop.history()
+    times = [moment.seconds for moment in moments]
+    assert times == sorted(times)
+    assert [moment.stats.num_output_tokens for moment in moments] == [0, *range(10)]
+    assert max(moment.stats.num_running for moment in moments) == 1
+    assert any(pool.used_blocks for moment in moments for pool in moment.stats.pools)
+
+
 def test_a_lagging_client_gets_one_large_delta(open_loop: Opener) -> None:
     stream = open_loop().submit(PROMPT, SamplingParams(max_tokens=50, ignore_eos=True))
     ended = threading.Event()

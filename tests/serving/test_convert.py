@@ -7,6 +7,7 @@ import dataclasses
 import grpc
 import pytest
 
+from hkv_jax.engine.prefix_stats import PrefixStats
 from hkv_jax.errors import EngineStoppedError, HkvError, InternalError, OverloadedError, RequestError
 from hkv_jax.outputs import Completion, FinishReason, PrefixHit, RequestOutput, StreamDelta, TokenLogprob, Usage
 from hkv_jax.sampling_params import SamplingParams
@@ -87,15 +88,18 @@ def test_sampling_options_and_which_of_them_are_set() -> None:
 
 
 def test_server_info() -> None:
-    pool = PoolInfo("sliding", 16, 4096, 10, 3, 5, 99)
+    pool = PoolInfo("sliding", 16, 4096, 10, 3, 5, 99, 4)
+    pools = (pool, dataclasses.replace(pool, name="global"))
+    hits = {hit: count for count, hit in enumerate(PrefixHit)}
+    prefix = PrefixStats(hits, 700, 400, 50, 300, 20, 6)
     for all_global in (None, 0, 2**40):
-        info = ServerInfo("0.1", "m", 100, 1000, 8, 1, 2, (pool, dataclasses.replace(pool, name="global")), all_global)
+        info = ServerInfo("0.1", "m", 100, 1000, 8, 1, 2, pools, all_global, prefix, 11)
         assert convert.info_from_wire(convert.info_to_wire(info)) == info
 
 
 def test_an_all_global_cache_holds_every_token_in_every_pool() -> None:
     # 4 blocks of 32 tokens were in use: 128 tokens, 8 blocks of 16 in a sliding pool that never lets go.
-    pools = [PoolInfo("global", 32, 100, 50, 0, 4, 0), PoolInfo("sliding", 16, 1000, 50, 0, 3, 9)]
+    pools = [PoolInfo("global", 32, 100, 50, 0, 4, 0, 0), PoolInfo("sliding", 16, 1000, 50, 0, 3, 9, 0)]
     assert all_global_peak_bytes(pools) == 4 * 100 + 8 * 1000
     assert all_global_peak_bytes(pools[1:]) is None
 

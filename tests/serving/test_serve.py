@@ -42,6 +42,32 @@ def test_serve_until_a_signal(
     assert err.splitlines()[-1] == "stopped"
 
 
+def test_serve_logs_what_it_does(
+    model: Path, caplog: pytest.LogCaptureFixture, free_port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serving.commands.serve._ACTIVITY_SECONDS", 0.001)
+    monkeypatch.setattr("serving.commands.serve._WATCH_SECONDS", 0.01)
+
+    def visit() -> None:
+        try:
+            with InferenceClient(f"127.0.0.1:{free_port}") as client:
+                client.wait_ready(timeout=20)
+                stream = client.generate_stream("the cat", SamplingParams(ignore_eos=True, n=64))
+                while not any("running" in record.getMessage() for record in caplog.records):
+                    next(stream)
+                stream.close()
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    visitor = threading.Thread(target=visit)
+    visitor.start()
+    with caplog.at_level("INFO", logger="serving"):
+        assert main(["serve", "--model", str(model), "--port", str(free_port)]) == 0
+    visitor.join()
+    lines = [record.getMessage() for record in caplog.records if record.name == "serving.commands.serve"]
+    assert re.search(r"^[1-8] running, \d+ waiting; .* output tokens/s; blocks in use: global \d+%", lines[0])
+
+
 def test_serve_says_that_its_port_is_taken(model: Path, capsys: pytest.CaptureFixture[str], taken_port: int) -> None:
     assert main(["serve", "--model", str(model), "--port", str(taken_port)]) == 2
     assert f"port {taken_port} cannot be listened on" in capsys.readouterr().err
