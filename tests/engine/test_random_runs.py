@@ -10,7 +10,7 @@ import pytest
 from hkv_jax.engine.engine import Engine
 from hkv_jax.engine.request import Request, Sequence, SequenceState
 from hkv_jax.engine.token_event import TokenEvent
-from hkv_jax.outputs import FinishReason
+from hkv_jax.outputs import FinishReason, PrefixHit
 from hkv_jax.sampling_params import SamplingParams
 from hkv_jax.testing.fake_engine import FakeEngineConfig, fake_engine, global_group, run_to_end, sliding_group
 
@@ -39,9 +39,21 @@ CONFIGS = {
 }
 
 
+DOCUMENTS = np.random.default_rng(5).integers(0, VOCAB, (3, 60))
+"""What half of the prompts begin with a part of."""
+
+
+def random_prompt(rng: np.random.Generator) -> list[int]:
+    """Mostly short, sometimes long."""
+    prompt = rng.integers(0, VOCAB, int(rng.integers(1, 90 if rng.random() < 0.25 else 20)))
+    if rng.random() < 0.5:
+        document = DOCUMENTS[int(rng.integers(len(DOCUMENTS)))]
+        prompt = np.concatenate((document[: int(rng.integers(1, 61))], prompt[:29]))
+    return [int(token) for token in prompt]
+
+
 def random_request(rng: np.random.Generator, number: int) -> Request:
-    """Mostly short, sometimes long; every option that the host has a part in."""
-    prompt_len = int(rng.integers(1, 90 if rng.random() < 0.25 else 20))
+    """Every option that the host has a part in."""
     max_tokens = None if rng.random() < 0.1 else int(rng.integers(1, 30))
     params = SamplingParams(
         max_tokens=max_tokens,
@@ -53,7 +65,7 @@ def random_request(rng: np.random.Generator, number: int) -> Request:
         logprobs=None if rng.random() < 0.7 else int(rng.integers(0, 4)),
         prompt_logprobs=None if rng.random() < 0.7 else int(rng.integers(0, 4)),
     )
-    return Request.create(f"r{number}", rng.integers(0, VOCAB, prompt_len).tolist(), params, eos_token_ids=(0,))
+    return Request.create(f"r{number}", random_prompt(rng), params, eos_token_ids=(0,))
 
 
 def run_alone(config: FakeEngineConfig, request: Request) -> dict[tuple[str, int], list[TokenEvent]]:
@@ -114,17 +126,21 @@ class Crowd:
 
 
 @pytest.mark.parametrize("name", sorted(CONFIGS))
-def test_everyone_gets_the_tokens_they_get_alone(name: str) -> None:
+def test_everyone_gets_the_tokens_they_get_alone(name: str, request: pytest.FixtureRequest) -> None:
     config = CONFIGS[name]
+    if "tiny" in name:
+        request.getfixturevalue("short_sighted")
     crowd = Crowd(config, seed=sorted(CONFIGS).index(name), num_requests=45)
     crowd.run()
     assert all(pool.used_blocks == 0 for pool in crowd.engine.cache.stats())
     assert crowd.engine.scheduler.num_waiting == crowd.engine.scheduler.num_running == 0
     if "tiny" in name:
         assert crowd.engine.scheduler.num_preemptions >= 3, "the pressure this test is about is missing"
+    if name == "roomy":
+        assert crowd.engine.scheduler.prefix_stats.hits[PrefixHit.RESIDENT] >= 3, "nobody found what others left"
     reasons = set()
-    for request in crowd.requests:
-        for key, alone in run_alone(config, request).items():
+    for each in crowd.requests:
+        for key, alone in run_alone(config, each).items():
             crowded = crowd.events.get(key, [])
             assert len(crowded) == len(alone) or (key in crowd.left and len(crowded) <= len(alone))
             assert all(same(*pair) for pair in zip(crowded, alone, strict=False)), f"{key} differs"
