@@ -29,11 +29,16 @@ sys.path.insert(0, str(ROOT))
 from tools.cache_bench import tables  # noqa: E402
 from tools.cache_bench.results import Results, RunFailedError  # noqa: E402
 
-SECTIONS: dict[str, tuple[str, Callable[[Results], str]]] = {
-    "goals": ("### Against vLLM and simpler caches\n\n" + tables.TRIPLE, tables.goal_table),
-    "seeds": ("### Other seeds\n\n" + tables.TRIPLE, tables.seed_table),
-    "boundary": ("### The moving boundary\n\n" + tables.PAIR, tables.boundary_table),
+SECTIONS: dict[str, tuple[tuple[str, Callable[[Results], str]], ...]] = {
+    "goals": (("Against vLLM, and against simpler caches. " + tables.TRIPLE, tables.goal_table),),
+    "seeds": (("Other seeds. " + tables.TRIPLE, tables.seed_table),),
+    "boundary": (("The moving boundary against static ones. " + tables.PAIR, tables.boundary_table),),
+    "rebuild": (
+        ("Prompt tokens computed for a question to a cached document whose tail is gone.", tables.rebuild_table),
+        ("docqa, gpt-oss-20b, 4 GiB. " + tables.TRIPLE, tables.insurance_table),
+    ),
 }
+"""What stands above a table, and the table."""
 
 
 def tell(line: str) -> None:
@@ -66,9 +71,10 @@ def main() -> None:
 
 def _print_sections(args: argparse.Namespace, results: Results) -> None:
     for name in args.sections or SECTIONS:
-        head, make = SECTIONS[name]
-        table = tables.goal_table(results, ours_only=True) if name == "goals" and args.ours_only else make(results)
-        print(f"{head}\n\n{table}\n", flush=True)
+        for head, make in SECTIONS[name]:
+            ours_only = make is tables.goal_table and args.ours_only
+            table = tables.goal_table(results, ours_only=True) if ours_only else make(results)
+            print(f"{head}\n\n{table}\n", flush=True)
 
 
 if __name__ == "__main__":

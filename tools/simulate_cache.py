@@ -17,6 +17,7 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,9 @@ sys.path.insert(0, str(ROOT))
 
 from hkv_jax.config import EngineConfig, engine_options  # noqa: E402
 from hkv_jax.errors import ConfigError  # noqa: E402
+from tools.cache_simulation.measurements import Measurements  # noqa: E402
 from tools.cache_simulation.model_geometry import read_geometry  # noqa: E402
+from tools.cache_simulation.plot import Recorder  # noqa: E402
 from tools.cache_simulation.policies import POLICIES  # noqa: E402
 from tools.cache_simulation.replay import Replay, StuckError  # noqa: E402
 from tools.cache_simulation.report import table  # noqa: E402
@@ -36,20 +39,21 @@ from tools.cache_simulation.virtual_clock import StepCost  # noqa: E402
 SECONDS_BETWEEN_REPORTS = 10.0
 ENGINE_OPTIONS = (
     *("kv_cache_memory", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "max_prefill_chunk", "block_size"),
-    *("kv_partition", "expected_average_seq_length", "tensor_parallel_size", "attention_backend", "kv_cache_dtype"),
+    *("kv_partition", "expected_average_seq_length", "max_bypass_seconds", "max_prefix_wait_seconds"),
+    *("tensor_parallel_size", "attention_backend", "kv_cache_dtype"),
 )
 """Those of the engine's options that a simulation has."""
 
 
 class Progress:
-    """Tells on stderr how far a replay is, every few seconds."""
+    """Tells on stderr how far a replay is, every few seconds of ``clock``."""
 
-    def __init__(self, policy: str) -> None:
-        self._policy = policy
-        self._told = time.monotonic()
+    def __init__(self, policy: str, clock: Callable[[], float] = time.monotonic) -> None:
+        self._policy, self._clock = policy, clock
+        self._told = clock()
 
     def __call__(self, replay: Replay) -> None:
-        now = time.monotonic()
+        now = self._clock()
         if now - self._told < SECONDS_BETWEEN_REPORTS:
             return
         self._told = now
@@ -69,6 +73,8 @@ def make_parser() -> argparse.ArgumentParser:
     words = {"choices": POLICIES, "default": ["hybrid"], "help": f"what to simulate (default: hybrid). {summaries}"}
     parser.add_argument("--policy", nargs="+", **words)  # type: ignore[arg-type]
     parser.add_argument("--json", action="store_true", help="one object a policy on stdout, and nothing else")
+    text = "a picture of who fills the memory over time, and of the hits; with several policies, one for each"
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help=text)
     _add_clock_flags(parser)
     _add_engine_flags(parser)
     return parser
@@ -97,20 +103,45 @@ def _add_engine_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--set-static-share", type=float, metavar="SHARE", help=text)
 
 
+def simulation_of(args: argparse.Namespace) -> Simulation:
+    """What the flags ask for, under the engine's own policy.
+
+    Raises:
+        ConfigError: an option is out of range, or the model is not known.
+        TraceError: the trace cannot be read.
+    """
+    return Simulation(
+        requests=read_trace(args.trace),
+        geometry=read_geometry(args.model_config),
+        config=EngineConfig.from_options({name: getattr(args, name) for name in ENGINE_OPTIONS}),
+        static_share=args.set_static_share,
+        cost=StepCost(args.step_ms, args.prefill_us, args.copy_gbps),
+    )
+
+
+def _run(simulation: Simulation, args: argparse.Namespace) -> Measurements:
+    progress, recorder = Progress(simulation.policy), Recorder()
+    if args.plot is None:
+        return simulation.run(progress)
+
+    def after_step(replay: Replay) -> None:
+        progress(replay)
+        recorder(replay)
+
+    measured = simulation.run(after_step)
+    path = args.plot if len(args.policy) == 1 else args.plot.with_stem(f"{args.plot.stem}-{simulation.policy}")
+    recorder.draw(path, f"{args.trace.stem}, {args.model_config.stem}, {simulation.policy}")
+    print(f"wrote {path}", file=sys.stderr)
+    return measured
+
+
 def main() -> None:
     """Replays and prints."""
     parser = make_parser()
     args = parser.parse_args()
     try:
-        config = EngineConfig.from_options({name: getattr(args, name) for name in ENGINE_OPTIONS})
-        simulation = Simulation(
-            requests=read_trace(args.trace),
-            geometry=read_geometry(args.model_config),
-            config=config,
-            static_share=args.set_static_share,
-            cost=StepCost(args.step_ms, args.prefill_us, args.copy_gbps),
-        )
-        results = [(name, simulation.with_policy(name).run(Progress(name))) for name in args.policy]
+        simulation = simulation_of(args)
+        results = [(name, _run(simulation.with_policy(name), args)) for name in args.policy]
     except (ConfigError, TraceError, StuckError) as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
     if args.json:

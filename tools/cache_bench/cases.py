@@ -56,7 +56,7 @@ class Case:
 
     def geometry(self) -> ModelGeometry:
         """The model."""
-        return _geometry(self.model)
+        return geometry_of(self.model)
 
     def mean_length(self) -> int:
         """Tokens of a request, prompt and output, on average over the trace."""
@@ -110,5 +110,6 @@ def _requests(trace: str, seed: int | None) -> Sequence[TraceRequest]:
 
 
 @functools.cache
-def _geometry(model: str) -> ModelGeometry:
+def geometry_of(model: str) -> ModelGeometry:
+    """One of the models of ``benchmarks/models``."""
     return read_geometry(BENCHMARKS / "models" / f"{model}.json")

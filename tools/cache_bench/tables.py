@@ -5,10 +5,11 @@ Owns: what stands beside what. Must never: run a simulation itself (it asks ``Re
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from tools.cache_bench.cases import Case, Result, Run
 from tools.cache_bench.goals import GOALS, Figures, Goal, vllm_figures
+from tools.cache_bench.lost_tails import LostTail
 from tools.cache_bench.results import Results
 from tools.cache_bench.static_search import best_static
 from tools.cache_simulation.virtual_clock import StepCost
@@ -17,6 +18,8 @@ TRIPLE = "Cells: hit rate; TTFT p50 / p99 / mean, virtual s; virtual s of the wh
 PAIR = "Cells: hit rate; mean TTFT, virtual s."
 
 SEEDS = (1, 2, 3)
+DOCUMENTS = (8192, 16_384, 65_536, 122_880)
+REBUILDING = ("gpt-oss-20b", "gpt-oss-120b", "gemma3-270m", "gemma3-1b", "gemma4-31b", "gemma3-27b")
 ALTERNATING = tuple(
     Case("alternating", model, gib, seed=0)
     for model, gib in (
@@ -85,6 +88,33 @@ def boundary_table(results: Results) -> str:
         moved = [str(moving["slabs_moved"]), _copied(moving)]
         verdict = _verdict(Figures.of(moving), Figures.of(results[best]))
         rows.append([_name(case), _pair(moving), share, _pair(default), _pair(told), *moved, verdict])
+    return _markdown(rows)
+
+
+def rebuild_table(_results: Results) -> str:
+    """Prompt tokens computed for a question to a document whose tail is gone, by model and length of the document."""
+    rows = [["model", "R", *(f"{length:,} tokens: rebuild / truncate" for length in DOCUMENTS)]]
+    for model in REBUILDING:
+        cells = []
+        for length in DOCUMENTS:
+            tail = LostTail(model, length)
+            pair = (tail.tokens_run(rebuild=True), tail.tokens_run(rebuild=False)) if tail.fits else None
+            cells.append("–" if pair is None else f"{pair[0]:,} / {pair[1]:,}")
+        rows.append([model, f"{LostTail(model, DOCUMENTS[0]).rebuild_tokens:,}", *cells])
+    return _markdown(rows)
+
+
+def insurance_table(results: Results) -> str:
+    """What rebuilding brings where tails are kept, and where they are not."""
+    case = Case("docqa", "gpt-oss-20b", 4)
+    policies = ("hybrid", "no-rebuild", "no-tails", "no-tails-no-rebuild")
+    results.make(Run(case, policy) for policy in policies)
+    rows = [["policy", "cells", "resident", "rebuild", "truncate", "miss"]]
+    for policy in policies:
+        result = results[Run(case, policy)]
+        hits = result["hits"]
+        assert isinstance(hits, Mapping)
+        rows.append([policy, _triple(Figures.of(result)), *map(str, hits.values())])
     return _markdown(rows)
 
 

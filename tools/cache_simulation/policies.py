@@ -27,6 +27,9 @@ class LeastRecentlyUsed:
     def note_created(self, kind: JoinKind) -> None:
         """Nothing is learned."""
 
+    def note_used(self, kind: JoinKind) -> None:
+        """Nothing is learned."""
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Policy:

@@ -48,5 +48,5 @@ def _figures(measured: Measurements) -> Mapping[str, str]:
         "host us a scheduled request": f"{values['host_us_per_scheduled_request']:.2f}",
     }
     for name, pool in measured.pools.items():
-        figures[f"{name} blocks, peak of all"] = f"{pool['peak_used_blocks']} of {pool['num_blocks']}"
+        figures[f"{name} blocks held, peak (owned at the end)"] = f"{pool['peak_used_blocks']} ({pool['num_blocks']})"
     return figures

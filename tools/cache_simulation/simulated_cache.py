@@ -63,6 +63,8 @@ def simulated_limits(config: EngineConfig, layout: KVLayout) -> SchedulerConfig:
         max_prefill_chunk=limits.max_prefill_chunk,
         max_model_len=layout.max_model_len,
         vocab_size=VOCAB_SIZE,
+        max_bypass_seconds=config.max_bypass_seconds,
+        max_prefix_wait_seconds=config.max_prefix_wait_seconds,
     )
 
 

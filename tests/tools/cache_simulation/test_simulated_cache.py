@@ -62,9 +62,7 @@ def test_a_static_split_at_a_share(share: float) -> None:
 
 
 def test_a_split_that_would_hold_no_sequence_is_refused() -> None:
-    with pytest.raises(
-        ConfigError, match=r"0\.999 leaves the sliding pool 0\.001 .*; one sequence of 16384"
-    ):
+    with pytest.raises(ConfigError, match=r"0\.999 leaves the sliding pool 0\.001 .*; one sequence of 16384"):
         layout(0.999, kv_partition="static")
     with pytest.raises(ConfigError, match=r"0\.01 leaves the global pool"):
         layout(0.01, kv_partition="static")
