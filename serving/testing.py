@@ -53,13 +53,13 @@ class FakeService:
 
 @contextlib.asynccontextmanager
 async def fake_service(
-    tokenizer: Tokenizer, *, max_queue: int | None = None, drain_seconds: int = 20
+    tokenizer: Tokenizer, *, max_queue: int | None = None, drain_seconds: int = 20, limits: FakeEngineConfig = LIMITS
 ) -> AsyncGenerator[FakeService, None]:
-    """Serves a fake engine of ``LIMITS`` on a free port while the block runs; end of sequence is id 1, top_k is 5."""
+    """Serves a fake engine of ``limits`` on a free port while the block runs; end of sequence is id 1, top_k is 5."""
     model = ServedModel(tokenizer, eos_token_ids=(1,), sampling_defaults={"top_k": 5})
     server = InferenceServer(ServerOptions(port=0, drain_seconds=drain_seconds))
     address = await server.start()
-    with EngineLoop(fake_engine(LIMITS), model, max_queue=max_queue) as engine:
+    with EngineLoop(fake_engine(limits), model, max_queue=max_queue) as engine:
         await server.serve("tiny", engine)
         try:
             async with AsyncInferenceClient(address) as client:

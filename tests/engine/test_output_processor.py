@@ -94,8 +94,9 @@ def test_usage_tells_how_the_prompt_of_sample_0_was_first_served(output: Output)
     for start, sequence in enumerate(sequences):
         sequence.first_prefix = PrefixUse(start=start + 1, matched=3, hit=PrefixHit.REBUILD, context_start=start + 1)
         sequence.prefix = PrefixUse(start=0, matched=0, hit=PrefixHit.MISS, context_start=0)
-    output.take(" cat", sequences[1])
+    output.take(" the", sequences[1])
     output.take(" cat", sequences[0])
+    output.take(" cat", sequences[1])
     usage = stream.result().usage
     assert (usage.cached_tokens, usage.prefix_hit, usage.rebuilt_tokens) == (1, PrefixHit.REBUILD, 2)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 
 import grpc
 import pytest
@@ -11,6 +12,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from hkv_jax.engine.loop import EngineLoop, ServedModel
 from hkv_jax.errors import ConfigError, EngineStoppedError
+from hkv_jax.outputs import PrefixHit, Usage
 from hkv_jax.testing.fake_engine import fake_engine
 from hkv_jax.tokenizer import Tokenizer
 from serving.client import AsyncInferenceClient
@@ -129,6 +131,41 @@ def test_server_info_tells_limits_and_pools(tokenizer: Tokenizer) -> None:
             assert pools["global"].peak_used_blocks > pools["sliding"].peak_used_blocks
             assert info.all_global_peak_bytes is not None
             assert info.all_global_peak_bytes > sum(pool.peak_bytes for pool in info.pools)
+
+    run(body)
+
+
+def test_a_prompt_sent_again_is_a_hit_in_usage_and_counts(tokenizer: Tokenizer) -> None:
+    prompt = list(range(3, 53))
+    params = FOREVER.replace(max_tokens=5)
+
+    async def body() -> None:
+        async with fake_service(tokenizer) as it:
+            cold = await it.client.generate(prompt, params)
+            warm = await it.client.generate(prompt, params)
+            *_, last = [delta async for delta in it.client.generate_stream(prompt, params)]
+            info = await it.client.server_info()
+        assert cold.usage == Usage(50, 5, 0, PrefixHit.MISS, 0)
+        assert warm.usage == last.usage == Usage(50, 5, 48, PrefixHit.RESIDENT, 0)
+        assert warm.outputs == cold.outputs
+        assert dict(info.prefix.hits) == dict.fromkeys(PrefixHit, 0) | {PrefixHit.MISS: 1, PrefixHit.RESIDENT: 2}
+        assert (info.prefix.prompt_tokens, info.prefix.prefix_hit_tokens) == (150, 96)
+        assert info.prefix.computed_prompt_tokens == 54
+        for pool in info.pools:
+            assert pool.used_blocks == 0
+            assert pool.cached_blocks > 0
+
+    run(body)
+
+
+def test_memory_that_changes_hands_is_counted(tokenizer: Tokenizer) -> None:
+    """The split is made for long sequences; many short ones need more windows than it has."""
+    limits = dataclasses.replace(LIMITS, kv_cache_memory=2**16, max_model_len=400)
+
+    async def body() -> None:
+        async with fake_service(tokenizer, limits=limits) as it:
+            await it.client.generate([5, 6, 7], FOREVER.replace(max_tokens=40, n=limits.max_num_seqs))
+            assert (await it.client.server_info()).slabs_moved > 0
 
     run(body)
 
