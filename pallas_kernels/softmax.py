@@ -9,6 +9,7 @@ Axis letters: R rows of scores (query heads), T keys of a tile.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -21,16 +22,17 @@ MASKED = -1e30
 """Score of a key that is not seen; finite, so that differences of two of them are not NaN."""
 
 
+SUBLANES = 8
+
 SUMMED_BY_PRODUCT_TOKENS = 256
 """Up to this many keys the sum of weights is a product with ones: the matrix unit adds along lanes sooner than the unit
 that is made for it, and leaves the sum in every lane."""
 
 
 class Weights(NamedTuple):
-    """Of one tile: weights f32[R, T]; their sum and the maximum they are relative to, f32[R, 128], the same in each lane."""
+    """Of one tile: weights f32[R, T], and the maximum they are relative to, f32[R, 128], the same in each lane."""
 
     weights: jax.Array
-    total: jax.Array
     maximum: jax.Array
 
 
@@ -75,14 +77,13 @@ def scaled(shape: AttentionShape, products: jax.Array) -> jax.Array:
     return shape.soft_cap * jnp.tanh(scaled_products * (1.0 / shape.soft_cap))
 
 
-def weigh(scaled_scores: jax.Array, live: jax.Array | None, sinks: jax.Array | None, dtype: jnp.dtype) -> Weights:
-    """The softmax of a tile that holds all keys of its rows.
+def weigh(scaled_scores: jax.Array, live: jax.Array | None, sinks: jax.Array | None) -> Weights:
+    """Exponentials of the scores of a tile that holds all keys of its rows.
 
     Args:
         scaled_scores: f32[R, T].
         live: bool[1, T] or [R, T], which keys are seen; ``None``: all of them.
         sinks: f32[R, 128], a score of each row whose value is zero, the same in each lane; ``None``: without.
-        dtype: of the values the weights will meet.
     """
     rows, tokens = scaled_scores.shape
     if live is not None:
@@ -90,11 +91,26 @@ def weigh(scaled_scores: jax.Array, live: jax.Array | None, sinks: jax.Array | N
     maximum = jnp.broadcast_to(jnp.max(scaled_scores, axis=1, keepdims=True), (rows, LANES))
     if sinks is not None:
         maximum = jnp.maximum(maximum, sinks)
-    weights = jnp.exp(scaled_scores - across(maximum, tokens))
-    if tokens <= SUMMED_BY_PRODUCT_TOKENS:
-        total = weighted_sum(weights, jnp.ones((tokens, LANES), dtype))
+    return Weights(jnp.exp(scaled_scores - across(maximum, tokens)), maximum)
+
+
+def totals(tiles: Sequence[Weights], sinks: Sequence[jax.Array | None], dtype: jnp.dtype) -> list[jax.Array]:
+    """Sums of weights, f32[R, 128] for each tile, the same in each lane.
+
+    Args:
+        tiles: weights of several products over the same number of keys.
+        sinks: as for ``weigh``, of each.
+        dtype: that the weights are rounded to before they meet the values.
+    """
+    rows, tokens = tiles[0].weights.shape
+    if tokens > SUMMED_BY_PRODUCT_TOKENS:
+        sums = [jnp.broadcast_to(jnp.sum(t.weights, axis=1, keepdims=True), (rows, LANES)) for t in tiles]
+    elif rows % SUBLANES:
+        sums = [weighted_sum(t.weights, jnp.ones((tokens, LANES), dtype)) for t in tiles]
     else:
-        total = jnp.broadcast_to(jnp.sum(weights, axis=1, keepdims=True), (rows, LANES))
-    if sinks is not None:
-        total += jnp.exp(sinks - maximum)
-    return Weights(weights, total, maximum)
+        all_rows = weighted_sum(jnp.concatenate([t.weights for t in tiles], axis=0), jnp.ones((tokens, LANES), dtype))
+        sums = [all_rows[i * rows : (i + 1) * rows] for i in range(len(tiles))]
+    return [
+        total if sink is None else total + jnp.exp(sink - tile.maximum)
+        for total, sink, tile in zip(sums, sinks, tiles, strict=True)
+    ]

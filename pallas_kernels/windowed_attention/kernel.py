@@ -1,10 +1,9 @@
 """Windowed decode: one tile of keys holds the whole window, so there is no loop over blocks.
 
-A program serves a few sequences, and waits for their blocks one sequence at a time while those of later ones are on
-their way. The compiler fills the gaps of one computation only from the same basic block, so the scores of a sequence
-are computed in one block with the softmax of the sequence before, and with the start of copies for a later one. Where P divides W the window touches one block more than it fills: of the
-oldest block the rows from ``kv_len mod P`` on are live, of the newest the rows before, so one select makes a tile of
-exactly W rows (in no particular order, which attention does not mind). Otherwise the tile has a block more.
+A program serves a few sequences, and waits for their blocks one or two sequences at a time while those of later ones
+are on their way. Where P divides W the window touches one block more than it fills: of the oldest block the rows from
+``kv_len mod P`` on are live, of the newest the rows before, so one select makes a tile of exactly W rows (in no
+particular order, which attention does not mind). Otherwise the tile has a block more.
 
 Owns: the kernel body. Must never: be called but through ``ops``.
 
@@ -35,25 +34,22 @@ class WindowTile:
 
     Attributes:
         heads: the attention and its order of heads.
-        sequences: of one program.
+        sequences: of one program; a multiple of ``together``.
+        together: sequences that are computed in one basic block.
         kv_dtype: of the pool.
         compute_dtype: of both operands of the products.
     """
 
     heads: HeadLayout
     sequences: int
+    together: int
     kv_dtype: jnp.dtype
     compute_dtype: jnp.dtype
 
     @property
-    def staggered(self) -> bool:
-        """Whether a row's softmax waits for the scores of the next."""
-        return self.sequences >= 3
-
-    @property
     def ahead(self) -> int:
         """How many rows ahead of the one that is computed blocks are fetched."""
-        return self.sequences - (2 if self.staggered else 1)
+        return self.sequences - self.together
 
     @property
     def shape(self) -> AttentionShape:
@@ -161,28 +157,28 @@ def _program(tile: WindowTile, arrays: Arrays, mover: _Mover) -> None:
 
     @pl.when(longest > 0)
     def _attend() -> None:
-        unfinished: _Scored | None = None
-        for row in rows:
-            mover.wait_fetched(row)
+        for first in range(0, tile.sequences, tile.together):
+            gang = rows[first : first + tile.together]
+            for row in gang:
+                mover.wait_fetched(row)
             # One basic block from here to the next wait.
-            if tile.ahead:
+            for row in gang:
                 mover.fetch_ahead(row)
-            scored = _score(tile, row, arrays, mover.buffers)
-            if unfinished is not None:
-                _finish(tile, unfinished, arrays, mover)
-            unfinished = scored
-            if not tile.staggered:
-                _finish(tile, scored, arrays, mover)
-                unfinished = None
-        if unfinished is not None:
-            _finish(tile, unfinished, arrays, mover)
+            scored = [_score(tile, row, arrays, mover.buffers) for row in gang]
+
+            # The compiler puts what nothing waits for, such as the start of copies, at the end of a basic block: this
+            # one ends here, where products still go on beside it.
+            @pl.when(mover.always())
+            def _rest(scored: list[_Scored] = scored) -> None:
+                weights = [_weigh(tile, one, arrays) for one in scored]
+                for one, its_weights in zip(scored, weights, strict=True):
+                    _finish(tile, one, its_weights, arrays, mover)
 
     @pl.when(longest == 0)
     def _nothing() -> None:
         arrays.outputs[...] = jnp.zeros_like(arrays.outputs)
         for row in rows:
-            if tile.ahead:
-                mover.fetch_ahead(row)
+            mover.fetch_ahead(row)
 
     @pl.when(number + 1 == pl.num_programs(0))
     def _last() -> None:
@@ -203,7 +199,8 @@ class _Mover:
 
     def fetch_ahead(self, row: Row) -> None:
         """Starts the fetch of a later row, to the place that became free last."""
-        self.fetch(self.row(row.number + self._tile.ahead, (row.place + self._tile.ahead) % self._tile.sequences))
+        ahead = self._tile.ahead
+        self.fetch(self.row(row.number + ahead, (row.place + ahead) % self._tile.sequences))
 
     def fetch(self, row: Row) -> None:
         """Starts the copies of the row's live blocks, and of no other; each predicated, so that no branch is taken."""
@@ -217,8 +214,6 @@ class _Mover:
     def wait_fetched(self, row: Row) -> None:
         """Waits for the row's blocks, and clears what it has none for."""
         tile = self._tile
-        if not tile.ahead:
-            self.fetch(row)
 
         @pl.when(row.num_blocks == tile.fetched_blocks)
         def _whole() -> None:
@@ -230,6 +225,10 @@ class _Mover:
         def _part() -> None:
             lax.fori_loop(0, row.num_blocks, lambda _i, _c: self._copy(row, 0, 0).wait(), None)
             _clear_unfetched(tile, row, self.buffers.blocks[row.place])
+
+    def always(self) -> Any:
+        """True, which the compiler does not know."""
+        return self._scalars.layer[0] >= 0
 
     def _page(self, row: Row, block: Any) -> Any:
         # Read whether or not there is such a block, so that reading needs no predicate.
@@ -292,19 +291,15 @@ def _blocks_of_positions(tile: WindowTile, row: Row) -> list[tuple[Any, Any]]:
 
 
 class _Scored(NamedTuple):
-    """A row between its two stages: f32[rows_per_product, tile rows] scores of each product, and its planes."""
+    """A row between its stages: f32[rows_per_product, tile rows] scores of each product."""
 
     row: Row
     scores: list[jax.Array]
-    planes: Callable[[int], jax.Array]
 
 
 def _score(tile: WindowTile, row: Row, arrays: Arrays, buffers: Buffers) -> _Scored:
-    heads, blocks_ref = tile.heads, buffers.blocks[row.place]
-    _insert_new(tile, row, arrays.new_rows, buffers)
-    if not tile.merged:
-        _clear_edges(tile, row, blocks_ref)
-    planes = _merged_planes(tile, row, blocks_ref) if tile.merged else lambda plane: blocks_ref[plane]
+    heads = tile.heads
+    planes = _complete_planes(tile, row, arrays.new_rows, buffers)
     scores = [
         softmax.scores(
             heads.product_queries(lambda a, b: arrays.queries[row.place, a:b, :], product, tile.compute_dtype),
@@ -312,29 +307,34 @@ def _score(tile: WindowTile, row: Row, arrays: Arrays, buffers: Buffers) -> _Sco
         )
         for product in range(heads.num_products)
     ]
-    return _Scored(row, scores, planes)
+    return _Scored(row, scores)
 
 
-def _finish(tile: WindowTile, scored: _Scored, arrays: Arrays, mover: _Mover) -> None:
-    """Softmax, weighted sum, output and write, in stages over all heads: the compiler moves no product past another."""
-    heads, row = tile.heads, scored.row
-    products = range(heads.num_products)
-    live = _live_keys(tile, row)
-    weights = [
-        softmax.weigh(
-            softmax.scaled(tile.shape, score), live, _sinks_of(tile, arrays.sinks, product), tile.compute_dtype
-        )
-        for product, score in zip(products, scored.scores, strict=True)
+def _weigh(tile: WindowTile, scored: _Scored, arrays: Arrays) -> list[softmax.Weights]:
+    """The softmax of each product's scores."""
+    live = _live_keys(tile, scored.row)
+    return [
+        softmax.weigh(softmax.scaled(tile.shape, score), live, _sinks_of(tile, arrays.sinks, product))
+        for product, score in enumerate(scored.scores)
     ]
+
+
+def _finish(
+    tile: WindowTile, scored: _Scored, weights: Sequence[softmax.Weights], arrays: Arrays, mover: _Mover
+) -> None:
+    """Weighted sums of all heads, then outputs, then the write of the new token."""
+    heads, row = tile.heads, scored.row
+    blocks_ref, rows = mover.buffers.blocks[row.place], tile.tile_blocks * tile.block
     weighted = [
         softmax.weighted_sum(
-            weights[product].weights, heads.product_values(scored.planes, product).astype(tile.compute_dtype)
+            one.weights,
+            heads.product_values(lambda plane: blocks_ref[plane, :rows, :], product).astype(tile.compute_dtype),
         )
-        for product in products
+        for product, one in enumerate(weights)
     ]
-    outputs = [
-        total * softmax.across(1.0 / one.total, total.shape[1]) for total, one in zip(weighted, weights, strict=True)
-    ]
+    sinks = [_sinks_of(tile, arrays.sinks, product) for product in range(heads.num_products)]
+    totals = softmax.totals(weights, sinks, tile.compute_dtype)
+    outputs = [one * softmax.across(1.0 / total, one.shape[1]) for one, total in zip(weighted, totals, strict=True)]
     _store(tile, row, arrays.outputs, [jnp.where(row.kv_len > 0, output, 0.0) for output in outputs])
     mover.write(row)
 
@@ -359,20 +359,6 @@ def _newest_begin(tile: WindowTile, row: Row) -> Any:
     return place * tile.block
 
 
-def _insert_new(tile: WindowTile, row: Row, new_ref: Any, buffers: Buffers) -> None:
-    """Puts the new token's rows among those of its block, and what must be written back beside."""
-    last = lax.rem(jnp.maximum(row.kv_len, 1) - 1, tile.block)
-    size = tile.write_rows
-    within = lax.rem(last, size)
-    begin = pl.multiple_of(_newest_begin(tile, row) + last - within, size)
-    here = buffers.blocks[row.place].at[:, pl.ds(begin, size), :]
-    old = here[...]
-    is_new = lax.broadcasted_iota(jnp.int32, old.shape, 1) == within
-    both = jnp.where(is_new, new_ref[row.place][:, None, :], old)
-    here[...] = both
-    buffers.writes[row.place] = both
-
-
 def _clear_unfetched(tile: WindowTile, row: Row, blocks_ref: Any) -> None:
     """Zeroes the blocks of a buffer that a short row does not fill: what lies there may be NaN, and 0 · NaN is NaN."""
     empty = jnp.zeros((tile.shape.pages.num_planes, tile.block, LANES), tile.kv_dtype)
@@ -386,36 +372,54 @@ def _clear_unfetched(tile: WindowTile, row: Row, blocks_ref: Any) -> None:
     lax.fori_loop(row.num_blocks, end, lambda position, _: clear(position), None)
 
 
-def _clear_edges(tile: WindowTile, row: Row, blocks_ref: Any) -> None:
-    """Zeroes the rows of the oldest block before the window, and those of the newest that nobody has written."""
+def _complete_planes(tile: WindowTile, row: Row, new_ref: Any, buffers: Buffers) -> Callable[[int], jax.Array]:
+    """Puts the new token's rows among the others, here and in what is written back; gives the planes of the tile.
+
+    The same planes then lie in the first rows of the row's buffer.
+    """
+    blocks_ref, size = buffers.blocks[row.place], tile.write_rows
+    last = lax.rem(jnp.maximum(row.kv_len, 1) - 1, tile.block)
+    within = lax.rem(last, size)
+    newest = _newest_begin(tile, row)
+    begin = pl.multiple_of(newest + last - within, size)
+    is_new = lax.broadcasted_iota(jnp.int32, (size, LANES), 0) == within
+    edges = []
+    for plane in range(tile.shape.pages.num_planes):
+        new_row = new_ref[row.place, plane : plane + 1, :]
+        old = blocks_ref[plane, pl.ds(begin, size), :]
+        buffers.writes[row.place, plane] = jnp.where(is_new, new_row, old)
+        if tile.merged:
+            edges.append(_merged_edge(tile, blocks_ref.at[plane], new_row, last))
+        else:
+            _complete_in_place(tile, row, blocks_ref.at[plane], new_row)
+    if not tile.merged:
+        return lambda plane: blocks_ref[plane]
+    for plane, edge in enumerate(edges):
+        blocks_ref[plane, : tile.block, :] = edge
+    end = tile.tile_blocks * tile.block
+    if end == tile.block:
+        return lambda plane: edges[plane]
+    return lambda plane: jnp.concatenate([edges[plane], blocks_ref[plane, tile.block : end, :]], axis=0)
+
+
+def _merged_edge(tile: WindowTile, plane_ref: Any, new_row: jax.Array, last: Any) -> jax.Array:
+    """The first P rows of a plane of W rows: those of the newest block that are live, then those of the oldest."""
+    begin = (tile.fetched_blocks - 1) * tile.block
+    newest = plane_ref[begin:, :]
+    oldest = plane_ref[: tile.block, :] if begin else jnp.zeros_like(newest)
+    index = lax.broadcasted_iota(jnp.int32, newest.shape, 0)
+    return jnp.where(index == last, new_row, jnp.where(index < last, newest, oldest))
+
+
+def _complete_in_place(tile: WindowTile, row: Row, plane_ref: Any, new_row: jax.Array) -> None:
+    """Zeroes the rows of the oldest block before the window and of the newest after the new token, and inserts that."""
     assert tile.shape.window is not None
-    _keep_rows(tile, blocks_ref, 0, (row.kv_len - tile.shape.window, tile.block))
-    begin = pl.multiple_of(_newest_begin(tile, row), tile.block)
-    _keep_rows(tile, blocks_ref, begin, (0, row.kv_len - begin))
-
-
-def _keep_rows(tile: WindowTile, blocks_ref: Any, begin: Any, live: tuple[Any, Any]) -> None:
-    """Zeroes the rows of the block at ``begin`` that are not in the range ``live``, counted from there."""
-    here = blocks_ref.at[:, pl.ds(begin, tile.block), :]
-    rows = here[...]
-    index = lax.broadcasted_iota(jnp.int32, rows.shape, 1)
-    here[...] = jnp.where((index >= live[0]) & (index < live[1]), rows, jnp.zeros_like(rows))
-
-
-def _merged_planes(tile: WindowTile, row: Row, blocks_ref: Any) -> Callable[[int], jax.Array]:
-    """Planes of W rows: the first P are those of the newest block that are live, then those of the oldest."""
-    block, end = tile.block, tile.tile_blocks * tile.block
-    newest_rows = lax.rem(row.kv_len - 1, block) + 1
-    from_newest = lax.broadcasted_iota(jnp.int32, (block, LANES), 0) < newest_rows
-
-    def plane(index: int) -> jax.Array:
-        last = (tile.fetched_blocks - 1) * block
-        newest = blocks_ref[index, last : last + block, :]
-        oldest = blocks_ref[index, :block, :] if tile.fetched_blocks > 1 else jnp.zeros_like(newest)
-        edge = jnp.where(from_newest, newest, oldest)
-        return edge if end == block else jnp.concatenate([edge, blocks_ref[index, block:end, :]], axis=0)
-
-    return plane
+    for begin in (0, pl.multiple_of(_newest_begin(tile, row), tile.block)):
+        rows = plane_ref[pl.ds(begin, tile.block), :]
+        index = lax.broadcasted_iota(jnp.int32, rows.shape, 0) + begin
+        live = (index >= row.kv_len - tile.shape.window) & (index < row.kv_len - 1)
+        rows = jnp.where(live, rows, jnp.zeros_like(rows))
+        plane_ref[pl.ds(begin, tile.block), :] = jnp.where(index == row.kv_len - 1, new_row, rows)
 
 
 def _live_keys(tile: WindowTile, row: Row) -> jax.Array:

@@ -76,13 +76,13 @@ def decode(
     return heads.unpack_outputs(outputs), view.reshape(inputs.arena.shape)
 
 
-_forced = (4, 2)
+_forced = (4, 2, 1)
 
 
 def _tile(shape: AttentionShape, inputs: DecodeInputs) -> WindowTile:
     num_rows = inputs.queries.shape[0]
-    want, want_heads = _forced
+    want, want_heads, together = _forced
     sequences = next(n for n in range(want, 0, -1) if num_rows % n == 0)
     heads = next(n for n in range(want_heads, 0, -1) if shape.pages.num_kv_heads % n == 0)
     compute = jnp.promote_types(inputs.queries.dtype, inputs.arena.dtype)
-    return WindowTile(HeadLayout(shape, heads), sequences, jnp.dtype(inputs.arena.dtype), jnp.dtype(compute))
+    return WindowTile(HeadLayout(shape, heads), sequences, together, jnp.dtype(inputs.arena.dtype), jnp.dtype(compute))
