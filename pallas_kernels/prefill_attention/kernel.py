@@ -31,6 +31,9 @@ from pallas_kernels.pages import LANES
 from pallas_kernels.prefill_attention.tile import HALF, PrefillTile
 from pallas_kernels.prefill_rows import VISIT_FIELDS
 
+LOG2_E = math.log2(math.e)
+"""Scores are kept times this, so that weights are powers of two, which the hardware has."""
+
 NOT_A_KEY = 2**30
 """The position of what is no key: after every query."""
 
@@ -65,7 +68,8 @@ class Scratch(NamedTuple):
 
     queries [2, queries, lanes], kv [2, planes, held, 128], outputs [2, queries, lanes]; then of one unit rows
     [heads, R, key lanes], scores [heads, held / 128, R, 128], lane maxima, maxima and sums [heads, R, 128], weighted
-    sums [heads, R, value lanes]; table i32[2, M / 128, 128] (SMEM); semaphores of the four kinds of copies, two each.
+    sums [heads, R, value lanes], bias of a tile's scores f32[queries, N]; table i32[2, M / 128, 128] (SMEM);
+    semaphores of the four kinds of copies, two each.
     """
 
     queries: Any
@@ -77,6 +81,7 @@ class Scratch(NamedTuple):
     maxima: Any
     sums: Any
     weighted: Any
+    bias: Any
     table: Any
     fetched_queries: Any
     fetched_kv: Any
@@ -104,8 +109,8 @@ class Visit(NamedTuple):
 class Stretch(NamedTuple):
     """Keys held at once: blocks of the pool, then copies of the step's own keys.
 
-    ``num_blocks`` blocks, the first at column ``column`` of the row's table and at position ``position``, are live below
-    ``pool_end``; ``num_own`` copies begin at token ``own_token``.
+    ``num_blocks`` blocks, the first at column ``column`` of the row's table and at position ``position``, are live
+    below ``pool_end``; ``num_own`` copies begin at token ``own_token``.
     """
 
     column: Any
@@ -401,58 +406,71 @@ class _StretchWork:
 
     def __init__(self, tile: PrefillTile, sinks_ref: Any, scratch: Scratch) -> None:
         self._tile, self._sinks, self._scratch = tile, sinks_ref, scratch
-        shape = tile.shape
-        # Without a cap the scale is part of the exponent's factor, and scores are kept as they come.
-        self._score_scale = shape.scale if shape.soft_cap is None else 1.0
-        self._exponent = self._score_scale * math.log2(math.e)
 
     def begin(self, parity: Any) -> None:
-        """Lays the queries of a unit out in rows of scores, (query head, token)."""
-        tile, scratch = self._tile, self._scratch
-        for head in range(tile.heads):
-            first = head * tile.group * tile.query_lanes
-            for index, values in enumerate(self._queries_of_head(parity, first)):
-                at = slice(index * tile.queries, (index + 1) * tile.queries)
-                scratch.rows[head, at, :] = values.astype(tile.compute_dtype)
+        """Lays the queries of a unit out in rows of scores, (query head, token), where they do not lie so."""
+        tile = self._tile
+        self._parity = parity
+        if tile.packed or self._scratch.queries.dtype != tile.compute_dtype:
+            for head in range(tile.heads):
+                self._scratch.rows[head] = self._laid_out(head).astype(tile.compute_dtype)
 
-    def _queries_of_head(self, parity: Any, first: int) -> list[jax.Array]:
+    def _queries_of(self, head: int) -> jax.Array:
+        is_copied = self._tile.packed or self._scratch.queries.dtype != self._tile.compute_dtype
+        return self._scratch.rows[head] if is_copied else self._laid_out(head)
+
+    def _laid_out(self, head: int) -> jax.Array:
+        """[R, key lanes] of a kv head."""
         tile, queries_ref = self._tile, self._scratch.queries
-        if not tile.packed:
-            width = tile.query_lanes
-            return [queries_ref[parity, :, first + g * width : first + (g + 1) * width] for g in range(tile.group)]
-        halves = []
-        for pair in range(tile.group // 2):
-            both = queries_ref[parity, :, first + pair * LANES : first + (pair + 1) * LANES].astype(jnp.float32)
-            is_low = lax.broadcasted_iota(jnp.int32, both.shape, 1) < HALF
-            # Lanes of values get zero: they meet values there.
-            halves += [jnp.where(is_low, part, 0.0) for part in (both, pltpu.roll(both, HALF, 1))]
-        return halves
+        first, width = head * tile.group * tile.query_lanes, max(LANES, tile.query_lanes)
+        by_lanes = [
+            queries_ref[self._parity, :, first + i * width : first + (i + 1) * width]
+            for i in range(tile.group * tile.query_lanes // width)
+        ]
+        return jnp.concatenate([part for pair in by_lanes for part in _halves(pair)] if tile.packed else by_lanes)
 
     def attend(self, visit: Visit, stretch: Stretch, place: Any, head: Any, is_first: Any) -> None:
         """Adds the keys of a stretch."""
         tile, scratch = self._tile, self._scratch
         pool_keys = stretch.num_blocks * tile.block
         num_tiles = pl.cdiv(pool_keys + stretch.num_own * tile.own_tokens, tile.keys)
-        scratch.lane_maxima[...] = jnp.full_like(scratch.lane_maxima, softmax.MASKED)
+        run = tile.plain_tiles
 
-        def first_pass(number: Any, _: None) -> None:
-            edges = _Edges(tile, visit, stretch, pl.multiple_of(number * tile.keys, tile.keys))
+        def first_pass(number: Any) -> Any:
+            at = pl.multiple_of(number * tile.keys, tile.keys)
+            are_plain = _Edges(tile, visit, stretch, (at, run * tile.keys)).is_plain
 
-            @pl.when(edges.is_plain)
+            @pl.when(are_plain)
             def _plain() -> None:
-                self._scores(number, place, None)
+                for i in range(run):
+                    self._scores(number + i, (place, i == 0), is_edge=False)
 
-            @pl.when(jnp.logical_not(edges.is_plain))
+            @pl.when(jnp.logical_not(are_plain))
             def _edge() -> None:
+                edges = _Edges(tile, visit, stretch, (at, tile.keys))
+
                 @pl.when(edges.has_others)
                 def _others() -> None:
-                    self._clear_values(edges, place)
+                    self._clear(edges, place)
 
-                self._scores(number, place, edges.seen())
+                # Read back for each head: masks kept in registers would be computed again for each.
+                scratch.bias[...] = jnp.where(edges.seen(), 0.0, softmax.MASKED)
+                self._scores(number, (place, True), is_edge=True)
 
-        lax.fori_loop(0, num_tiles, first_pass, None)
+            return number + jnp.where(are_plain, run, 1)
+
+        lax.while_loop(lambda number: number < num_tiles, first_pass, jnp.int32(0))
         self._join_maxima(head, is_first)
-        lax.fori_loop(0, num_tiles, lambda number, _: self._weigh(number, place), None)
+        run_2 = tile.weighed_tiles
+        num_runs = lax.div(num_tiles, run_2)
+
+        def second_pass(turn: Any, _: None) -> None:
+            for i in range(run_2):
+                self._weigh(turn * run_2 + i, (place, i == 0))
+
+        lax.fori_loop(0, num_runs, second_pass, None)
+        if run_2 > 1:
+            lax.fori_loop(num_runs * run_2, num_tiles, lambda number, _: self._weigh(number, (place, True)), None)
 
     def _keys_of(self, head: int, number: Any, place: Any, values: bool) -> jax.Array:
         """Keys or values of a head in a tile, [N, lanes]."""
@@ -464,20 +482,26 @@ class _StretchWork:
         joined = planes[0] if count == 1 else jnp.concatenate(planes, axis=1)
         return joined.astype(tile.compute_dtype)
 
-    def _scores(self, number: Any, place: Any, seen: jax.Array | None) -> None:
+    def _scores(self, number: Any, where: tuple[Any, bool], is_edge: bool) -> None:
+        """Scores of a tile, in powers of two; ``where``: the place of its keys, and whether it may be the first."""
         tile, scratch, cap = self._tile, self._scratch, self._tile.shape.soft_cap
         parts = tile.keys // LANES
+        place, may_be_first = where
         for head in range(tile.heads):
-            products = softmax.scores(scratch.rows[head], self._keys_of(head, number, place, values=False))
-            if cap is not None:
-                products = cap * jnp.tanh(products * (tile.shape.scale / cap))
-            if seen is not None:
-                by_query = products.reshape(tile.group, tile.queries, tile.keys)
-                products = jnp.where(seen[None], by_query, softmax.MASKED).reshape(tile.rows, tile.keys)
+            products = softmax.scores(self._queries_of(head), self._keys_of(head, number, place, values=False))
+            if cap is None:
+                products = products * (tile.shape.scale * LOG2_E)
+            else:
+                products = jnp.tanh(products * (tile.shape.scale / cap)) * (cap * LOG2_E)
+            if is_edge:
+                products += jnp.concatenate([scratch.bias[...]] * tile.group, axis=0)
             lanes = [products[:, i * LANES : (i + 1) * LANES] for i in range(parts)]
             for i, part in enumerate(lanes):
                 scratch.scores[head, number * parts + i] = part
-            scratch.lane_maxima[head] = _fold(jnp.maximum, [scratch.lane_maxima[head], *lanes])
+            so_far = scratch.lane_maxima[head]
+            if may_be_first:
+                so_far = jnp.where(number == 0, softmax.MASKED, so_far)
+            scratch.lane_maxima[head] = _fold(jnp.maximum, [so_far, *lanes])
 
     def _join_maxima(self, head: Any, is_first: Any) -> None:
         """The maximum of each row over all its keys, and what is summed so far made relative to it."""
@@ -487,13 +511,11 @@ class _StretchWork:
             new = jnp.broadcast_to(joined, (tile.rows, LANES))
             if tile.one_pass:
                 scratch.maxima[index] = new if self._sinks is None else jnp.maximum(new, self._sink_rows(head, index))
-                scratch.sums[index] = jnp.zeros_like(scratch.sums[index])
-                scratch.weighted[index] = jnp.zeros_like(scratch.weighted[index])
                 continue
             lowest = jnp.full_like(new, softmax.MASKED) if self._sinks is None else self._sink_rows(head, index)
             old = jnp.where(is_first, lowest, scratch.maxima[index])
             new = jnp.maximum(new, old)
-            shrink = jnp.where(is_first, 0.0, jnp.exp2((old - new) * self._exponent))
+            shrink = jnp.where(is_first, 0.0, jnp.exp2(old - new))
             scratch.maxima[index] = new
             # What an accumulator holds before the first stretch is not a number that could be shrunk.
             sums, weighted = scratch.sums[index], scratch.weighted[index]
@@ -505,30 +527,32 @@ class _StretchWork:
         """The sinks as scores of a kv head's rows, f32[R, 128]."""
         tile = self._tile
         first = (head + index) * tile.group
-        scores = [self._sinks[first + g] * (1.0 / self._score_scale) for g in range(tile.group)]
+        scores = [self._sinks[first + g] * LOG2_E for g in range(tile.group)]
         return jnp.concatenate([jnp.full((tile.queries, LANES), score, jnp.float32) for score in scores], axis=0)
 
-    def _weigh(self, number: Any, place: Any) -> None:
+    def _weigh(self, number: Any, where: tuple[Any, bool]) -> None:
+        """Adds a tile to the sums; ``where`` as of ``_scores``."""
         tile, scratch = self._tile, self._scratch
+        place, may_be_first = where
         parts = tile.keys // LANES
         for head in range(tile.heads):
             maxima = scratch.maxima[head]
             scores = [scratch.scores[head, number * parts + i] for i in range(parts)]
-            weights = [jnp.exp2((part - maxima) * self._exponent) for part in scores]
-            scratch.sums[head] = _fold(jnp.add, [scratch.sums[head], *weights])
+            weights = [jnp.exp2(part - maxima) for part in scores]
+            sums, weighted = scratch.sums[head], scratch.weighted[head]
+            if tile.one_pass and may_be_first:
+                sums, weighted = (jnp.where(number == 0, 0.0, x) for x in (sums, weighted))
+            scratch.sums[head] = _fold(jnp.add, [sums, *weights])
             values = self._keys_of(head, number, place, values=True)
-            scratch.weighted[head] += softmax.weighted_sum(jnp.concatenate(weights, axis=1), values)
+            scratch.weighted[head] = weighted + softmax.weighted_sum(jnp.concatenate(weights, axis=1), values)
 
-    def _clear_values(self, edges: _Edges, place: Any) -> None:
-        """Values of what is no key of the row become 0: they may be NaN, and 0 · NaN is NaN."""
-        pages = self._tile.shape.pages
+    def _clear(self, edges: _Edges, place: Any) -> None:
+        """What is no key of the row becomes 0: it may be NaN, which neither a bias nor a weight of 0 would mask."""
         rows = pl.ds(edges.first, self._tile.keys)
         is_key = edges.positions(0) != NOT_A_KEY
-        for head in range(self._tile.heads):
-            for i in range(pages.value_planes):
-                plane = self._scratch.kv.at[place, pages.first_value_plane(head) + i, rows, :]
-                old = plane[...].astype(jnp.float32)
-                plane[...] = jnp.where(is_key, old, 0.0).astype(plane.dtype)
+        for index in range(self._tile.planes):
+            plane = self._scratch.kv.at[place, index, rows, :]
+            plane[...] = jnp.where(is_key, plane[...].astype(jnp.float32), 0.0).astype(plane.dtype)
 
     def finish(self, outputs_ref: Any, head: Any, mine: jax.Array | None) -> None:
         """Divides by the sums and lays the outputs out by token; where ``mine`` says no, what was there stays."""
@@ -537,7 +561,7 @@ class _StretchWork:
             total = jnp.sum(scratch.sums[index], axis=1, keepdims=True)
             if self._sinks is not None:
                 relative = (self._sink_rows(head, index) - scratch.maxima[index])[:, :1]
-                total += jnp.exp2(relative * self._exponent)
+                total += jnp.exp2(relative)
             results = scratch.weighted[index] * (1.0 / total)
             by_head = [results[g * tile.queries : (g + 1) * tile.queries] for g in range(tile.group)]
             if tile.packed:
@@ -551,17 +575,20 @@ class _StretchWork:
 
 
 class _Edges:
-    """Where the keys of one tile lie, and which of them queries see."""
+    """Where the keys of one tile lie, or of several side by side, and which of them queries see."""
 
-    def __init__(self, tile: PrefillTile, visit: Visit, stretch: Stretch, first: Any) -> None:
-        self._tile, self._visit, self._stretch, self.first = tile, visit, stretch, first
+    def __init__(self, tile: PrefillTile, visit: Visit, stretch: Stretch, span: tuple[Any, int]) -> None:
+        self._tile, self._visit, self._stretch = tile, visit, stretch
+        self.first, size = span
+        first = self.first
         self._pool_keys = stretch.num_blocks * tile.block
-        end = first + tile.keys
-        in_pool, in_own = end <= self._pool_keys, first >= self._pool_keys
+        end = first + size
+        self._end = self._pool_keys + stretch.num_own * tile.own_tokens
+        in_pool, in_own = end <= self._pool_keys, (first >= self._pool_keys) & (end <= self._end)
         # Positions of own keys from the token they lie at.
         self._own_shift = visit.start - visit.begin + stretch.own_token - self._pool_keys
         lowest = first + jnp.where(in_pool, stretch.position, self._own_shift)
-        highest = lowest + tile.keys - 1
+        highest = lowest + size - 1
         # Nobody need have written what lies in the oldest block before the first key.
         self._first_key = 0 if tile.shape.window is None else _first_key(tile, visit)
         first_key = jnp.where(in_pool, self._first_key, visit.start)
@@ -578,12 +605,9 @@ class _Edges:
         index = self.first + lax.broadcasted_iota(jnp.int32, shape, axis)
         pool = index + stretch.position
         pool = jnp.where((pool >= self._first_key) & (pool < stretch.pool_end), pool, NOT_A_KEY)
-        if not tile.reads_own:
-            return jnp.where(index < self._pool_keys, pool, NOT_A_KEY)
         own = index + self._own_shift
-        end = visit.start + visit.end - visit.begin
-        own = jnp.where((own >= visit.start) & (own < end), own, NOT_A_KEY)
-        return jnp.where(index < self._pool_keys, pool, own)
+        is_own = (index < self._end) & (own >= visit.start) & (own < visit.start + visit.end - visit.begin)
+        return jnp.where(index < self._pool_keys, pool, jnp.where(is_own, own, NOT_A_KEY))
 
     def seen(self) -> jax.Array:
         """bool[queries, N]: which keys each query of the tile sees."""
@@ -607,6 +631,13 @@ def _fold(combine: Callable[[jax.Array, jax.Array], jax.Array], parts: Sequence[
         pairs = [combine(a, b) for a, b in zip(parts[::2], parts[1::2], strict=False)]
         parts = pairs + list(parts[2 * len(pairs) :])
     return parts[0]
+
+
+def _halves(both: jax.Array) -> list[jax.Array]:
+    """Two heads' queries from one row of lanes, each in the lower half, where keys are; zeros meet the values."""
+    both = both.astype(jnp.float32)
+    is_low = lax.broadcasted_iota(jnp.int32, both.shape, 1) < HALF
+    return [jnp.where(is_low, part, 0.0) for part in (both, pltpu.roll(both, HALF, 1))]
 
 
 def _side_by_side(low: jax.Array, high: jax.Array) -> jax.Array:

@@ -76,16 +76,19 @@ def run(tile: PrefillTile, inputs: PrefillInputs, interpret: bool | pltpu.Interp
     outputs = _by_token(inputs.outputs, tile.output_lanes)
     tables = [] if tile.reads_own else [inputs.rows.tables]
     sinks = [] if inputs.sinks is None else [inputs.sinks.astype(jnp.float32)]
-    anywhere = pl.BlockSpec(memory_space=pl.ANY)
+    in_hbm = pl.BlockSpec(memory_space=pltpu.HBM)
     in_smem = pl.BlockSpec(memory_space=pltpu.SMEM)
+    if not interpret:
+        # In VMEM, where XLA may have put them, copies from them would be loops of loads and stores.
+        queries, outputs, *own = (pltpu.with_memory_space_constraint(x, pltpu.HBM) for x in (queries, outputs, *own))
     arrays = [queries, *own, as_pages(inputs.arena, pages), *tables]
     result = pl.pallas_call(
         prefill_kernel(tile, (len(own), len(sinks)), table_width=inputs.rows.tables.shape[1]),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=4,
             grid=(1,),
-            in_specs=[*(anywhere for _ in arrays), *(in_smem for _ in sinks), anywhere],
-            out_specs=anywhere,
+            in_specs=[*(in_hbm for _ in arrays), *(in_smem for _ in sinks), in_hbm],
+            out_specs=in_hbm,
             scratch_shapes=_scratch(tile, inputs),
         ),
         out_shape=jax.ShapeDtypeStruct(outputs.shape, outputs.dtype),
@@ -142,6 +145,7 @@ def _scratch(tile: PrefillTile, inputs: PrefillInputs) -> list[Any]:
         of_rows,
         of_rows,
         pltpu.VMEM((heads, rows, pages.value_planes * LANES), jnp.float32),
+        pltpu.VMEM((tile.queries, tile.keys), jnp.float32),
         pltpu.SMEM((2, table_rows, LANES), jnp.int32),
         pltpu.SemaphoreType.DMA((2,)),
         pltpu.SemaphoreType.DMA((2,)),

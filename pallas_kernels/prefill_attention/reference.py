@@ -22,12 +22,14 @@ def prefill_reference(shape: AttentionShape, inputs: PrefillInputs, query_tile: 
         fields = inputs.rows.visits[number * VISIT_FIELDS : (number + 1) * VISIT_FIELDS].tolist()
         row, tile, begin, end, start, context = fields
         keys, values = _keys_values(shape, inputs, (row, begin, end, start, context))
-        first_position = context if shape.window is not None else 0
-        for token in range(max(begin, tile * query_tile), min(end, (tile + 1) * query_tile)):
-            position = start + token - begin
-            lowest = first_position if shape.window is None else max(first_position, position - shape.window + 1)
-            seen = slice(lowest, position + 1)
-            outputs = outputs.at[token].set(_attend(shape, inputs, token, (keys[seen], values[seen])))
+        tokens = jnp.arange(max(begin, tile * query_tile), min(end, (tile + 1) * query_tile))
+        positions, of_keys = start + tokens - begin, jnp.arange(keys.shape[0])
+        seen = of_keys <= positions[:, None]
+        if shape.window is not None:
+            seen &= (of_keys > positions[:, None] - shape.window) & (of_keys >= context)
+        looked_at = seen.any(axis=0)[:, None, None]
+        keys, values = (jnp.where(looked_at, x, 0) for x in (keys, values))
+        outputs = outputs.at[tokens].set(_attend(shape, (inputs.queries[tokens], keys, values), seen, inputs.sinks))
     return outputs
 
 
@@ -58,17 +60,19 @@ def _keys_values(
 
 
 def _attend(
-    shape: AttentionShape, inputs: PrefillInputs, token: int, keys_values: tuple[jax.Array, jax.Array]
+    shape: AttentionShape, arrays: tuple[jax.Array, jax.Array, jax.Array], seen: jax.Array, sinks: jax.Array | None
 ) -> jax.Array:
-    keys, values = keys_values
+    queries, keys, values = arrays
     kv_heads = shape.pages.num_kv_heads
-    queries = inputs.queries[token].astype(jnp.float32).reshape(kv_heads, -1, shape.pages.key_dim)
+    by_head = queries.astype(jnp.float32).reshape(queries.shape[0], kv_heads, -1, shape.pages.key_dim)
     with jax.default_matmul_precision("highest"):
-        scores = jnp.einsum("kgd,nkd->kgn", queries, keys) * shape.scale
+        scores = jnp.einsum("qkgd,nkd->kgqn", by_head, keys) * shape.scale
         if shape.soft_cap is not None:
             scores = shape.soft_cap * jnp.tanh(scores / shape.soft_cap)
-        if inputs.sinks is not None:
-            sinks = inputs.sinks.astype(jnp.float32).reshape(kv_heads, -1, 1)
-            scores = jnp.concatenate([scores, sinks], axis=-1)
+        scores = jnp.where(seen, scores, -jnp.inf)
+        if sinks is not None:
+            of_heads = jnp.broadcast_to(sinks.reshape(kv_heads, -1, 1, 1), (*scores.shape[:3], 1))
+            scores = jnp.concatenate([scores, of_heads.astype(jnp.float32)], axis=-1)
         weights = jax.nn.softmax(scores, axis=-1)[..., : keys.shape[0]]
-        return jnp.einsum("kgn,nkd->kgd", weights, values).reshape(shape.num_heads, -1)
+        outputs = jnp.einsum("kgqn,nkd->qkgd", weights, values)
+    return outputs.reshape(queries.shape[0], shape.num_heads, -1)

@@ -40,6 +40,8 @@ class PrefillTile:
         heads: kv heads worked on at once; divides K.
         keys: N, keys of a tile; a multiple of 128 and of P, or P of it.
         held_keys: keys in VMEM for one query tile, a multiple of ``keys`` and of P.
+        plain_tiles: tiles without an edge that are scored in one go.
+        weighed_tiles: tiles that are weighed in one go.
         kv_dtype: of the pool and of the new keys and values.
         compute_dtype: of both operands of the products.
     """
@@ -50,6 +52,8 @@ class PrefillTile:
     heads: int
     keys: int
     held_keys: int
+    plain_tiles: int
+    weighed_tiles: int
     kv_dtype: jnp.dtype
     compute_dtype: jnp.dtype
 
@@ -96,7 +100,7 @@ class PrefillTile:
     @property
     def own_tokens(self) -> int:
         """Tokens of one copy of the step's own keys."""
-        return min(LANES, self.num_tokens)
+        return self.queries
 
     @property
     def reads_own(self) -> bool:
@@ -134,10 +138,12 @@ def choose_tile(shape: AttentionShape, num_tokens: int, kv_dtype: jnp.dtype, que
     unit = max(KEYS, shape.pages.block_size)
     held = STREAM_KEYS
     if shape.window is not None:
-        held = min(MAX_WINDOW_KEYS, _window_keys(shape, queries, min(LANES, num_tokens)))
-    tile = PrefillTile(
-        shape, num_tokens, queries, heads, KEYS, -(-held // unit) * unit, jnp.dtype(kv_dtype), jnp.dtype(compute)
-    )
+        held = min(MAX_WINDOW_KEYS, _window_keys(shape, queries, queries))
+    held = -(-held // unit) * unit
+    # Of a window and its queries, tiles lie on an edge at either end.
+    tiles = held // KEYS if shape.window is None else -(-(shape.window + queries) // KEYS)
+    runs = (min(4, max(1, tiles - 2)), min(5, tiles))
+    tile = PrefillTile(shape, num_tokens, queries, heads, KEYS, held, *runs, jnp.dtype(kv_dtype), jnp.dtype(compute))
     tile.check()
     return tile
 

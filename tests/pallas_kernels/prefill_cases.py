@@ -1,8 +1,9 @@
-"""A pool, tables and rows for prefill kernels, with NaN wherever no key of a row lies: in the pool, and among tokens."""
+"""A pool, tables and rows for prefill kernels, with NaN wherever no key of a row lies, in pool and tokens."""
 
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +33,7 @@ class PrefillCase:
     dtype: str = "float32"
     query_dtype: str = "float32"
     sinks: bool = False
-    tile: tuple[tuple[str, int], ...] = ()
+    tile: tuple[tuple[str, Any], ...] = ()
     seed: int = 0
 
     @property
@@ -94,8 +95,8 @@ class PrefillCase:
         pages = self.shape.pages
         count = max(span[1] - span[0], 0)
         shapes = ((count, pages.num_kv_heads, dim) for dim in (pages.key_dim, pages.value_dim))
-        arrays = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in shapes)
-        planes = np.asarray(token_planes(*arrays, pages))
+        keys, values = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in shapes)
+        planes = np.asarray(token_planes(keys, values, pages))
         for index, position in enumerate(range(*span)):
             page = table[position // pages.block_size % len(table)] + LAYER
             pool[page, :, position % pages.block_size] = planes[index]
