@@ -57,11 +57,10 @@ def start_logging(*, verbose: bool, quiet: bool) -> None:
 def show_layout(layout: KVLayout) -> None:
     """Tells how the KV memory is split: a line for each pool, and how many sequences that is."""
     say(f"KV cache: {layout.total_bytes / 2**20:.1f} MiB per device, {layout.partition} split")
-    rows = [("pool", "blocks", "tokens", "bytes", "MiB")]
-    rows.extend(
-        (name, str(blocks), str(tokens), str(size), f"{mebibytes:.1f}")
-        for name, blocks, tokens, size, mebibytes in layout.describe()
-    )
+    rows = [["pool", "blocks", "block size", "tokens", "bytes", "MiB"]]
+    for row, block_size in zip(layout.describe(), layout.block_sizes, strict=True):
+        counts = (row.num_blocks, block_size, row.num_tokens, row.num_bytes)
+        rows.append([row.name, *map(str, counts), f"{row.mebibytes:.1f}"])
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for name, *numbers in rows:
         columns = "  ".join(f"{number:>{width}}" for number, width in zip(numbers, widths[1:], strict=True))

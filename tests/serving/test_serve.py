@@ -37,7 +37,8 @@ def test_serve_until_a_signal(
     assert seen == [model.name]
     err = capsys.readouterr().err
     assert f"serving on 127.0.0.1:{free_port}" in err
-    assert re.search(r"^  pool +blocks +tokens +bytes +MiB$", err, re.MULTILINE), "the split of the cache"
+    assert re.search(r"^  pool +blocks +block size +tokens +bytes +MiB$", err, re.MULTILINE), "the split"
+    assert re.search(r"^  sliding +\d+ +4 +\d+ +\d+ +\d+\.\d$", err, re.MULTILINE)
     assert re.search(r"^  fits \d+ sequences of \d+ tokens; one sequence has at most \d+$", err, re.MULTILINE)
     assert err.splitlines()[-1] == "stopped"
 
