@@ -64,8 +64,8 @@ class PoolMachine(RuleBasedStateMachine):
             self.named.discard(block + 1)
         return [block]
 
-    @rule(count=st.integers(0, 7))
-    def allocate(self, count: int) -> None:
+    @rule(count=st.integers(0, 7), names=st.booleans())
+    def allocate(self, count: int, names: bool) -> None:
         free, expected, forgotten = self.free(), [], []
         self.forgotten = []
         if count > len(free):
@@ -85,6 +85,9 @@ class PoolMachine(RuleBasedStateMachine):
         assert set(forgotten) <= named
         self.holders.append(expected)
         self.peak = max(self.peak, len(self.held()))
+        for block in expected if names else ():
+            self.pool.name(block)
+            self.named.add(block)
 
     @precondition(lambda self: self.holders)
     @rule(data=st.data())
