@@ -120,15 +120,17 @@ def simulation_of(args: argparse.Namespace) -> Simulation:
 
 
 def _run(simulation: Simulation, args: argparse.Namespace) -> Measurements:
-    progress, recorder = Progress(simulation.policy), Recorder()
+    progress = Progress(simulation.policy)
     if args.plot is None:
         return simulation.run(progress)
+    replay = simulation.replay()
+    recorder = Recorder(replay)
 
     def after_step(replay: Replay) -> None:
         progress(replay)
         recorder(replay)
 
-    measured = simulation.run(after_step)
+    measured = replay.run(after_step)
     path = args.plot if len(args.policy) == 1 else args.plot.with_stem(f"{args.plot.stem}-{simulation.policy}")
     recorder.draw(path, f"{args.trace.stem}, {args.model_config.stem}, {simulation.policy}")
     print(f"wrote {path}", file=sys.stderr)
