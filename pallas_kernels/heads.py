@@ -137,23 +137,30 @@ class HeadLayout:
         parts = [plane(first(head) + i) for head in heads for i in range(count)]
         return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
 
-    def product_outputs(self, weighted: jax.Array) -> jax.Array:
-        """From a product's f32 [rows_per_product, lanes of all its heads] to rows of ``output_shape``."""
-        if not self.packed:
-            return self._from_diagonal(weighted)
-        half = weighted.shape[0] // 2
-        lower, upper = (self._from_diagonal(part) for part in (weighted[:half], weighted[half:]))
-        return jnp.where(_lanes_of(upper) < HALF, pltpu.roll(lower, HALF, 1), upper)
-
-    def _from_diagonal(self, weighted: jax.Array) -> jax.Array:
+    def diagonal(self, weighted: jax.Array) -> jax.Array:
+        """What is meant of a product's f32 [rows_per_product, lanes of all its heads]: each row's own head's lanes."""
         if self.heads_per_product == 1:
             return weighted
+        rows = weighted.shape[0] // 2 if self.packed else weighted.shape[0]
+        parts = [weighted[begin : begin + rows] for begin in range(0, weighted.shape[0], rows)]
+        chosen = [self._on_own_lanes(part) for part in parts]
+        return chosen[0] if len(chosen) == 1 else jnp.concatenate(chosen, axis=0)
+
+    def _on_own_lanes(self, weighted: jax.Array) -> jax.Array:
         lanes = weighted.shape[1] // self.heads_per_product
         chosen = weighted[:, :lanes]
         head = _head_of_row(chosen, self.heads_per_product)
         for i in range(1, self.heads_per_product):
             chosen = jnp.where(head == i, weighted[:, i * lanes : (i + 1) * lanes], chosen)
         return chosen
+
+    def pack_outputs(self, outputs: jax.Array) -> jax.Array:
+        """From a product's f32 [rows_per_product, lanes of a head] to its rows of ``output_shape``."""
+        if not self.packed:
+            return outputs
+        half = outputs.shape[0] // 2
+        lower, upper = outputs[:half], outputs[half:]
+        return jnp.where(_lanes_of(upper) < HALF, pltpu.roll(lower, HALF, 1), upper)
 
 
 def _lanes_of(values: jax.Array) -> jax.Array:

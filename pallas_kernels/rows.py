@@ -25,52 +25,66 @@ class DecodeRows(NamedTuple):
         kv_lens: i32[S], keys the row sees through its table, its own included, counted from the first token of
             column 0; 0 for a row that does nothing and gives 0.
         slots: i32[S], where the row's own K/V goes, page · P + offset of layer 0, or NO_SLOT.
+        order: i32[S], the rows in the order they are computed in: those that do something first.
     """
 
     tables: jax.Array
     kv_lens: jax.Array
     slots: jax.Array
+    order: jax.Array
 
 
-def windowed_rows(
-    shape: AttentionShape, tables: jax.Array, lanes: jax.Array, positions: jax.Array, slots: jax.Array, live: jax.Array
-) -> DecodeRows:
-    """Decode rows of a windowed group.
+class QueryRows(NamedTuple):
+    """Decode rows as the engine knows them, all [S].
+
+    Attributes:
+        lanes: i32, whose table is the row's.
+        positions: i32 of the query.
+        context_starts: i32, a multiple of the block size; windowed layers have nothing below it.
+        slots: i32, where K/V goes, or NO_SLOT.
+        live: bool; other rows do nothing.
+    """
+
+    lanes: jax.Array
+    positions: jax.Array
+    context_starts: jax.Array
+    slots: jax.Array
+    live: jax.Array
+
+
+def windowed_rows(shape: AttentionShape, tables: jax.Array, rows: QueryRows) -> DecodeRows:
+    """Decode rows of a windowed group; tables i32[Z, M] have block n of a lane in column n % M.
 
     The ring of a lane may still name an older block where the row begins a new one (it is updated after the step), so
     the block a row writes is taken from its slot.
-
-    Args:
-        shape: the group's attention.
-        tables: i32[Z, M], block n of a lane in column n % M.
-        lanes: i32[S].
-        positions: i32[S] of the query.
-        slots: i32[S].
-        live: bool[S]; other rows do nothing.
     """
     block = shape.pages.block_size
     assert shape.window is not None
     width = tables.shape[1]
-    first = jnp.maximum(positions - (shape.window - 1), 0) // block
+    first = jnp.maximum(rows.positions - (shape.window - 1), rows.context_starts) // block
     columns = first[:, None] + jnp.arange(width, dtype=jnp.int32)
-    compact = jnp.take_along_axis(tables.at[lanes].get(mode="clip"), columns % width, axis=1)
-    newest = positions // block - first
+    compact = jnp.take_along_axis(tables.at[rows.lanes].get(mode="clip"), columns % width, axis=1)
+    newest = rows.positions // block - first
     is_newest = jnp.arange(width, dtype=jnp.int32) == newest[:, None]
     # Without a slot the newest block may be one the lane does not hold: its own oldest is read instead, and masked.
-    begins = positions % block == 0
+    begins = rows.positions % block == 0
     unwritten = jnp.where(begins, compact[:, 0], jnp.take_along_axis(compact, newest[:, None], axis=1)[:, 0])
-    own = jnp.where(slots == NO_SLOT, unwritten, slots // block)
+    own = jnp.where(rows.slots == NO_SLOT, unwritten, rows.slots // block)
     compact = jnp.where(is_newest, own[:, None], compact)
-    kv_lens = jnp.where(live, positions + 1 - first * block, 0)
-    return DecodeRows(compact, kv_lens, jnp.where(live, slots, NO_SLOT))
+    return _decode_rows(compact, rows.positions + 1 - first * block, rows)
 
 
-def global_rows(
-    tables: jax.Array, lanes: jax.Array, positions: jax.Array, slots: jax.Array, live: jax.Array
-) -> DecodeRows:
-    """Decode rows of a global group: arguments as of ``windowed_rows``, block n of a lane in column n."""
-    of_rows = tables.at[lanes].get(mode="clip")
+def global_rows(tables: jax.Array, rows: QueryRows) -> DecodeRows:
+    """Decode rows of a global group; tables i32[Z, M] have block n of a lane in column n."""
+    return _decode_rows(in_vectors(tables.at[rows.lanes].get(mode="clip")), rows.positions + 1, rows)
+
+
+def in_vectors(tables: jax.Array) -> jax.Array:
+    """Tables [S, M] as [S, ceil(M / 128), 128], which a kernel can copy row by row."""
     width = -(-tables.shape[1] // LANES) * LANES
-    padded = jnp.pad(of_rows, ((0, 0), (0, width - tables.shape[1])))
-    kv_lens = jnp.where(live, positions + 1, 0)
-    return DecodeRows(padded.reshape(-1, width // LANES, LANES), kv_lens, jnp.where(live, slots, NO_SLOT))
+    return jnp.pad(tables, ((0, 0), (0, width - tables.shape[1]))).reshape(-1, width // LANES, LANES)
+
+
+def _decode_rows(tables: jax.Array, kv_lens: jax.Array, rows: QueryRows) -> DecodeRows:
+    order = jnp.argsort(~rows.live, stable=True).astype(jnp.int32)
+    return DecodeRows(tables, jnp.where(rows.live, kv_lens, 0), jnp.where(rows.live, rows.slots, NO_SLOT), order)

@@ -326,9 +326,11 @@ def _finish(
     heads, row = tile.heads, scored.row
     blocks_ref, rows = mover.buffers.blocks[row.place], tile.tile_blocks * tile.block
     weighted = [
-        softmax.weighted_sum(
-            one.weights,
-            heads.product_values(lambda plane: blocks_ref[plane, :rows, :], product).astype(tile.compute_dtype),
+        heads.diagonal(
+            softmax.weighted_sum(
+                one.weights,
+                heads.product_values(lambda plane: blocks_ref[plane, :rows, :], product).astype(tile.compute_dtype),
+            )
         )
         for product, one in enumerate(weights)
     ]
@@ -349,7 +351,7 @@ def _sinks_of(tile: WindowTile, sinks_ref: Any, product: int) -> jax.Array | Non
 def _store(tile: WindowTile, row: Row, outputs_ref: Any, results: Sequence[jax.Array]) -> None:
     rows = tile.heads.output_shape[0] // tile.heads.num_products
     for product, result in enumerate(results):
-        part = tile.heads.product_outputs(result).astype(outputs_ref.dtype)
+        part = tile.heads.pack_outputs(result).astype(outputs_ref.dtype)
         outputs_ref[row.place, product * rows : (product + 1) * rows, :] = part
 
 

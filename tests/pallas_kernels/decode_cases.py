@@ -13,7 +13,7 @@ import numpy as np
 
 from pallas_kernels.decode_inputs import DecodeInputs
 from pallas_kernels.pages import LANES, NO_SLOT, AttentionShape, as_pages, token_planes
-from pallas_kernels.rows import DecodeRows, global_rows, windowed_rows
+from pallas_kernels.rows import DecodeRows, QueryRows, global_rows, windowed_rows
 
 NUM_LAYERS = 2
 LAYER = 1
@@ -51,8 +51,14 @@ class DecodeCase:
                 slots[row] = self._fill(rng, pool, tables[lanes[row]], (row, int(position)), int(spare[row]))
         live = jnp.asarray(positions >= 0)
         safe = jnp.asarray(np.maximum(positions, 0))
-        arrays = jnp.asarray(tables), jnp.asarray(lanes), safe, jnp.asarray(slots), live
-        rows: DecodeRows = windowed_rows(self.shape, *arrays) if ring else global_rows(*arrays)
+        query_rows = QueryRows(
+            jnp.asarray(lanes), safe, jnp.zeros(num_rows, jnp.int32), jnp.asarray(slots), live
+        )
+        rows: DecodeRows = (
+            windowed_rows(self.shape, jnp.asarray(tables), query_rows)
+            if ring
+            else global_rows(jnp.asarray(tables), query_rows)
+        )
         kv_heads, dtype = pages.num_kv_heads, jnp.dtype(self.dtype)
         normal = lambda *s: jnp.asarray(rng.standard_normal(s), jnp.float32)  # noqa: E731
         return DecodeInputs(

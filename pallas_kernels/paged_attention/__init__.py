@@ -1,0 +1,1 @@
+"""Attention over any number of pages, a tile of them at a time."""

@@ -1,0 +1,101 @@
+"""Attention over any number of pages: validation, choice of tiles, the call.
+
+Owns: the public functions. Must never: move data that a kernel could leave where it is.
+
+Axis letters: S rows, H query heads, D head dim, C planes of a page.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.decode_inputs import DecodeInputs, check_decode
+from pallas_kernels.heads import HeadLayout
+from pallas_kernels.pages import LANES, AttentionShape, as_pages, token_planes
+from pallas_kernels.paged_attention.kernel import TABLES_HELD, WRITES_HELD, PagedTile, decode_kernel
+
+
+def decode(
+    shape: AttentionShape, inputs: DecodeInputs, interpret: bool | pltpu.InterpretParams = False
+) -> tuple[jax.Array, jax.Array]:
+    """Writes each row's K/V to its slot and attends over all its blocks, or over the window at their end.
+
+    A global row without a slot sees what the pool holds at its own position.
+
+    Returns:
+        outputs [S, H, Dv] in the dtype of the queries, 0 for rows of length 0; and the arena, in place.
+
+    Raises:
+        ValueError: as ``check_decode`` says.
+    """
+    check_decode(shape, inputs)
+    num_rows = inputs.queries.shape[0]
+    tile = _tile(shape, inputs)
+    heads, pages, rows = tile.heads, shape.pages, inputs.rows
+    view = as_pages(inputs.arena, pages)
+    sinks = [] if inputs.sinks is None else [heads.pack_sinks(inputs.sinks)]
+    vectors = rows.tables.shape[1]
+
+    def by_row(*dims: int) -> pl.BlockSpec:
+        return pl.BlockSpec((1, *dims), lambda i, _lens, _slots, order, _layer: (order[i], *(0 for _ in dims)))
+
+    whole_sinks = [pl.BlockSpec((shape.num_heads, LANES), lambda i, *_: (0, 0)) for _ in sinks]
+    in_hbm = pl.BlockSpec(memory_space=pl.ANY)
+    running = (shape.num_heads, LANES)
+    value_lanes = heads.output_shape[1]
+    outputs, view = pl.pallas_call(
+        decode_kernel(tile, has_sinks=bool(sinks)),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=4,
+            grid=(num_rows,),
+            in_specs=[by_row(*heads.query_shape), by_row(pages.num_planes, LANES), *whole_sinks, in_hbm, in_hbm],
+            out_specs=[by_row(*heads.output_shape), in_hbm],
+            scratch_shapes=[
+                pltpu.VMEM((tile.buffers, pages.num_planes, tile.tokens, LANES), view.dtype),
+                pltpu.VMEM((WRITES_HELD, pages.num_planes, tile.write_rows, LANES), view.dtype),
+                pltpu.VMEM(running, jnp.float32),
+                pltpu.VMEM(running, jnp.float32),
+                pltpu.VMEM((shape.num_heads, value_lanes), jnp.float32),
+                pltpu.SMEM((TABLES_HELD, vectors, LANES), jnp.int32),
+                pltpu.SMEM((4,), jnp.int32),
+                pltpu.SemaphoreType.DMA((tile.buffers,)),
+                pltpu.SemaphoreType.DMA((TABLES_HELD,)),
+                pltpu.SemaphoreType.DMA((WRITES_HELD,)),
+            ],
+        ),
+        out_shape=[
+            jax.ShapeDtypeStruct((num_rows, *heads.output_shape), inputs.queries.dtype),
+            jax.ShapeDtypeStruct(view.shape, view.dtype),
+        ],
+        input_output_aliases={7 + len(sinks): 1},
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("arbitrary",), vmem_limit_bytes=100 * 2**20, disable_bounds_checks=True
+        ),
+        interpret=interpret,
+        name="paged_decode",
+    )(
+        rows.kv_lens,
+        rows.slots,
+        rows.order,
+        jnp.stack([inputs.layer, jnp.sum(rows.kv_lens > 0, dtype=jnp.int32)]),
+        heads.pack_queries(inputs.queries),
+        token_planes(inputs.keys, inputs.values, pages),
+        *sinks,
+        rows.tables,
+        view,
+    )
+    return heads.unpack_outputs(outputs), view.reshape(inputs.arena.shape)
+
+
+_forced = (512, 3, 2)
+
+
+def _tile(shape: AttentionShape, inputs: DecodeInputs) -> PagedTile:
+    tokens, buffers, want_heads = _forced
+    heads = next(n for n in range(want_heads, 0, -1) if shape.pages.num_kv_heads % n == 0)
+    compute = jnp.promote_types(inputs.queries.dtype, inputs.arena.dtype)
+    blocks = max(1, tokens // shape.pages.block_size)
+    return PagedTile(HeadLayout(shape, heads), blocks, buffers, jnp.dtype(inputs.arena.dtype), jnp.dtype(compute))
