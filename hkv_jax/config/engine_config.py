@@ -17,6 +17,7 @@ from hkv_jax.errors import ConfigError
 from hkv_jax.spec import KVGroupSpec
 
 EXPECTED_LENGTH_VARIABLE = "EXPECTED_AVERAGE_SEQ_LENGTH"
+DEMO_NAME = "demo"
 DEMO_MODEL = Path(__file__).resolve().parents[1] / "demo_model"
 
 
@@ -32,9 +33,9 @@ class EngineConfig:
     """
 
     model: Path = option(  # noqa: RUF009 - a field, like the others
-        kinds.folder(),
+        kinds.folder({DEMO_NAME: DEMO_MODEL}),
         "Folder of a Hugging Face checkpoint: config.json, *.safetensors, tokenizer.json. Which layers attend to "
-        "everything and which to a window is read from it.",
+        "everything and which to a window is read from it. demo is the bundled model (a folder of that name is ./demo).",
         default=DEMO_MODEL,
         default_text="the bundled demo model",
     )
@@ -88,8 +89,8 @@ class EngineConfig:
     )
     kv_partition: str = option(
         kinds.choice("moving", "static"),
-        "moving: global and sliding layers share one array, and the boundary between their pools can move. static: an "
-        "array for each, split at start.",
+        "moving: global and sliding layers share one array, and the boundary between their pools moves to where memory "
+        "saves most. static: an array for each, split at start.",
         default="moving",
     )
     expected_average_seq_length: int | None = option(
