@@ -95,7 +95,7 @@ def test_no_tokens_to_share() -> None:
 
 
 def test_a_fork_without_a_block_for_the_copy_changes_nothing() -> None:
-    cache = make(7, budget_bytes=22_000, expected_average_seq_length=16)
+    cache = make(7, budget_bytes=22_000, expected_average_seq_length=16, partition="static")
     blocks = cache.layout.groups[GLOBAL].num_blocks
     cache.open(1)
     assert cache.extend(1, 0, 8 * (blocks - 1))

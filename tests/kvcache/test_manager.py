@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,8 @@ from hypothesis import strategies as st
 
 from hkv_jax.kvcache.format import NO_SLOT
 from hkv_jax.kvcache.layout import most_window_blocks, plan_layout
-from hkv_jax.kvcache.manager import CacheManager
+from hkv_jax.kvcache.manager import CacheManager, Demand
+from hkv_jax.kvcache.prefix_match import NO_PREFIX
 from hkv_jax.testing.cache_layouts import tiny_group, tiny_layout_request
 
 GLOBAL, SLIDING = 0, 1
@@ -137,7 +139,7 @@ def test_ring_columns_of_a_window_never_collide(window: int, block_size: int, ch
 
 def test_room_in_all_groups_or_in_none() -> None:
     # 16 global blocks of 8 tokens, more than enough sliding ones.
-    cache = make(2, budget_bytes=22_000, expected_average_seq_length=16)
+    cache = make(2, budget_bytes=22_000, expected_average_seq_length=16, partition="static")
     assert cache.layout.groups[GLOBAL].num_blocks < 20
     cache.open(0)
     cache.open(1)
@@ -157,7 +159,7 @@ def test_room_in_all_groups_or_in_none() -> None:
 
 
 def test_what_left_the_window_stays_released_when_there_is_no_room() -> None:
-    cache = make(2, budget_bytes=22_000, expected_average_seq_length=16)
+    cache = make(2, budget_bytes=22_000, expected_average_seq_length=16, partition="static")
     cache.open(0)
     cache.open(1)
     assert cache.extend(0, 0, 32)
@@ -210,56 +212,60 @@ def test_decode_slots_of_many_lanes() -> None:
         assert len(set(singles)) == 4
 
 
+def demand(num_tokens: int, chunk_end: int | None = None) -> Demand:
+    """Of a sequence whose first chunk ends at ``chunk_end``, else with what it knows; it leaves no tails."""
+    end = num_tokens if chunk_end is None else chunk_end
+    return Demand(num_tokens, end, end, growth_tokens=0)
+
+
+def has_room(cache: CacheManager, what: Demand) -> bool:
+    return cache.has_room(what, None, NO_PREFIX, [0] * len(cache.layout.groups))
+
+
 def test_what_fits_and_what_has_room() -> None:
-    cache = make(2, budget_bytes=22_000, expected_average_seq_length=16)
+    cache = make(2, budget_bytes=22_000, expected_average_seq_length=16, partition="static")
     assert cache.fits(128)
     assert not cache.fits(129)
-    assert cache.has_room(128)
+    assert has_room(cache, demand(128))
     cache.open(0)
     assert cache.extend(0, 0, 40)
     everything, window = cache.stats()
     free_tokens = 8 * (everything.num_blocks - everything.used_blocks)
     assert free_tokens < 128
     assert window.num_blocks - window.used_blocks >= 10
-    assert cache.has_room(free_tokens)
-    assert not cache.has_room(free_tokens + 1)
+    assert has_room(cache, demand(free_tokens, 32))
+    assert not has_room(cache, demand(free_tokens + 1, 32))
+    assert not cache.has_room(demand(free_tokens, 32), None, NO_PREFIX, [1, 0])
+    assert cache.has_room(dataclasses.replace(demand(free_tokens - 9, 32), growth_tokens=9), None, NO_PREFIX, [0, 0])
+    assert not cache.has_room(dataclasses.replace(demand(free_tokens), growth_tokens=1), None, NO_PREFIX, [0, 0])
     assert cache.fits(128)
 
 
-def test_slabs_move_between_pools_but_not_below_a_reserve_or_across_arenas() -> None:
-    cache = make(1, budget_bytes=100_000, expected_average_seq_length=16)
-    before = [pool.num_blocks for pool in cache.stats()]
-    moves = 0
-    while cache.hand_over_slab(SLIDING, GLOBAL):
-        moves += 1
+@pytest.mark.parametrize("partition", ["moving", "static"])
+@pytest.mark.parametrize("seed", range(6))
+def test_whoever_is_said_to_have_room_has_it(partition: str, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    answers = []
+    for _ in range(25):
+        cache = make(
+            6, budget_bytes=30_000, expected_average_seq_length=int(rng.choice([16, 128])), partition=partition
+        )
+        for lane in range(5):
+            cache.open(lane)
+            for start in range(0, int(rng.integers(1, 100)), 24):
+                if not cache.extend(lane, start, start + 24):
+                    break
+        for lane in rng.permutation(5)[: int(rng.integers(0, 4))]:
+            cache.close(int(lane))
+        num_tokens, chunk = int(rng.integers(1, 129)), int(rng.choice([8, 16, 32]))
+        answers.append(has_room(cache, demand(num_tokens, min(chunk, num_tokens))))
+        if answers[-1]:
+            cache.open(5)
+            for start in range(0, num_tokens, chunk):
+                assert cache.extend(5, start, min(num_tokens, start + chunk))
         cache.check_invariants()
-    assert moves > 0
-    after = [pool.num_blocks for pool in cache.stats()]
-    per_slab = [group.blocks_per_slab for group in cache.layout.groups]
-    assert after == [before[GLOBAL] + moves * per_slab[GLOBAL], before[SLIDING] - moves * per_slab[SLIDING]]
-    assert after[SLIDING] >= cache.layout.groups[SLIDING].reserve_blocks
-    cache.open(0)
-    assert cache.extend(0, 0, 128)
-    static = make(1, partition="static")
-    with pytest.raises(ValueError, match="do not exchange slabs"):
-        static.hand_over_slab(SLIDING, GLOBAL)
-
-
-def test_a_slab_in_use_stays() -> None:
-    cache = make(4, budget_bytes=26_000)
-    while all(lane_is_given(cache, lane) for lane in range(4)):
-        pass
-    group = cache.layout.groups[SLIDING]
-    assert cache.stats()[SLIDING].num_blocks - cache.stats()[SLIDING].used_blocks < group.blocks_per_slab
-    assert not cache.hand_over_slab(SLIDING, GLOBAL)
-
-
-def lane_is_given(cache: CacheManager, lane: int) -> bool:
-    """Opens the lane with 4 tokens at first; then extends it block by block; False when the pool is full."""
-    if not cache._open[lane]:
-        cache.open(lane)
-    end = int(cache.watermarks[lane])
-    return end < 12 and cache.extend(lane, end, end + 4)
+    assert any(answers)
+    assert not all(answers)
 
 
 @pytest.mark.parametrize(
@@ -273,7 +279,6 @@ def lane_is_given(cache: CacheManager, lane: int) -> bool:
         (lambda cache: cache.extend(0, 17, 18), r"\[17, 18\) does not follow"),
         (lambda cache: cache.fork(1, 2, 4), "lane 1 is not open"),
         (lambda cache: cache.truncate(0, 20), "cannot go back to 20 tokens: the table reaches"),
-        (lambda cache: cache.hand_over_slab(0, 0), "do not exchange slabs"),
     ],
 )
 def test_misuse_is_refused(act: Any, message: str) -> None:
