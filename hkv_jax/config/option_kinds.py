@@ -128,15 +128,18 @@ def seconds(*, zero: str = "") -> OptionKind:
     return OptionKind(parse, f"a number of seconds above 0{also}, up to {MAX_SECONDS}, such as 2.5", "SECONDS")
 
 
-def folder() -> OptionKind:
-    """A path; whether anything is there is found out when it is opened."""
+def folder(named: Mapping[str, Path] | None = None) -> OptionKind:
+    """A path, or one of the ``named`` folders; whether anything is there is found out when it is opened."""
+    names = dict(named or {})
 
     def parse(value: object) -> Path:
         if not isinstance(value, (str, os.PathLike)) or not os.fspath(value):
             raise NotAcceptedError
+        if isinstance(value, str) and value in names:
+            return names[value]
         return Path(value).expanduser()
 
-    return OptionKind(parse, "the path of a folder", "FOLDER")
+    return OptionKind(parse, " or ".join(("the path of a folder", *names)), "FOLDER")
 
 
 def block_sizes() -> OptionKind:

@@ -152,6 +152,9 @@ def test_folders() -> None:
     assert kinds.folder().parse("models/x") == Path("models/x")
     assert kinds.folder().parse(Path("y")) == Path("y")
     assert kinds.folder().parse("~/x") == Path.home() / "x"
+    named = kinds.folder({"demo": Path("/bundled")})
+    assert named.parse("demo") == Path("/bundled")
+    assert [named.parse(path) for path in ("./demo", Path("demo"))] == [Path("demo"), Path("demo")]
     for value in ("", 3, None, True, b"x"):
         with pytest.raises(kinds.NotAcceptedError):
             kinds.folder().parse(value)
