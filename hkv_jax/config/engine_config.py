@@ -35,7 +35,8 @@ class EngineConfig:
     model: Path = option(  # noqa: RUF009 - a field, like the others
         kinds.folder({DEMO_NAME: DEMO_MODEL}),
         "Folder of a Hugging Face checkpoint: config.json, *.safetensors, tokenizer.json. Which layers attend to "
-        "everything and which to a window is read from it. demo is the bundled model (a folder of that name is ./demo).",
+        "everything and which to a window is read from it. demo is the bundled model (a folder of that name is "
+        "./demo).",
         default=DEMO_MODEL,
         default_text="the bundled demo model",
     )
