@@ -156,20 +156,25 @@ class Admission:
             nodes.append(next(node for node in reversed(path.nodes) if node.end == use.start))
         for node in nodes:
             self._watchers.setdefault(node, set()).add(sequence)
-        self._watched[sequence] = digest, nodes, use
+        join = self._prefixes.join_of(path, use)
+        if join is not None:
+            self._prefixes.await_join(join, 1)
+        self._watched[sequence] = digest, nodes, use, join
         return use
 
     def _current(self, sequence: Sequence) -> PrefixUse:
         """The match as it is, revised only where something it rests on may have changed."""
         if sequence not in self._dirty:
-            _, nodes, use = self._watched[sequence]
+            use = self._watched[sequence][2]
             if self._prefixes.rests_on_joins(sequence.prefill.path, use):
                 return use
         return self._revise(sequence)
 
     def _forget(self, sequence: Sequence) -> None:
         self._dirty.pop(sequence, None)
-        digest, nodes, _ = self._watched.pop(sequence, (None, [], None))
+        digest, nodes, _, join = self._watched.pop(sequence, (None, [], None, None))
+        if join is not None:
+            self._prefixes.await_join(join, -1)
         if digest is not None and (waiting := self._awaited.get(digest)) is not None:
             waiting.discard(sequence)
             if not waiting:

@@ -13,10 +13,15 @@ import dataclasses
 import enum
 import heapq
 import itertools
+from collections.abc import Iterable
 from typing import Protocol
 
 from hkv_jax.kvcache.group_cache import GroupCache
 from hkv_jax.kvcache.prefix_tree import Node, PrefixTree
+
+
+MAX_GHOSTS = 4096
+"""Evicted join points that are remembered, to learn how many would have been used."""
 
 
 class JoinKind(enum.Enum):
@@ -39,17 +44,21 @@ class JoinKind(enum.Enum):
 class JoinPoint:
     """A tail before ``node.end``: ``blocks`` of each sliding group (none in a REST).
 
-    ``last_use`` is in seconds of the cache's clock; ``num_hits`` requests started here.
+    ``last_use`` is in seconds of the cache's clock; ``num_hits`` requests started here, ``num_waiting`` wait to. ``origin`` is what a REST was before. ``lower_end`` is where the next
+    lower join point with a tail lay when this one was made: a REST's worth need not follow every change below it.
     """
 
-    __slots__ = ("alive", "blocks", "kind", "last_use", "node", "num_hits", "version")
+    __slots__ = ("alive", "blocks", "kind", "last_use", "lower_end", "node", "num_hits", "num_waiting", "origin", "version")
 
     def __init__(self, node: Node, kind: JoinKind, blocks: list[list[int]], now: float) -> None:
         self.node = node
         self.kind = kind
+        self.origin = JoinKind.TURN if kind is JoinKind.REST else kind
         self.blocks = blocks
         self.last_use = now
         self.num_hits = 0
+        self.num_waiting = 0
+        self.lower_end = 0
         self.version = 0
         self.alive = True
 
@@ -72,12 +81,16 @@ class EvictionOrder(Protocol):
         """Its place in the order."""
         ...
 
-    def note_match(self, kind: JoinKind, gone: bool) -> None:
-        """A request could use a join point of this kind; ``gone``: one that was evicted before."""
+    def chance(self, kind: JoinKind, num_uses: int) -> float:
+        """That a join point of this kind, used so often, is used again."""
         ...
 
-    def note_created(self, kind: JoinKind) -> None:
-        """A join point was made."""
+    def note_made(self, kind: JoinKind, num_uses: int) -> None:
+        """A join point came to have been used so often."""
+        ...
+
+    def note_used(self, kind: JoinKind, num_uses: int) -> None:
+        """One that had been used so often was used, or would have been, had it not been evicted."""
         ...
 
 
@@ -103,39 +116,47 @@ class JoinPoints:
             self._block_bytes[g] * (tree.block_size // groups[g].block_size) for g in tree.globals
         )
         self.living: set[JoinPoint] = set()
+        self._ghosts: dict[bytes, tuple[JoinKind, int]] = {}
 
     def create(self, node: Node, kind: JoinKind, now: float) -> JoinPoint | None:
         """A join point at ``node``, or the one there is, as ``kind``; ``None`` where the tail is not whole."""
         join = node.join
         if join is not None and join.kind is not JoinKind.REST:
             join.last_use = now
-            if kind is not join.kind and _RANK[kind] > _RANK[join.kind]:
-                join.kind = kind
+            if _RANK[kind] > _RANK[join.kind]:
+                join.kind = join.origin = kind
+                self._order.note_made(kind, join.num_hits)
             self.push(join)
             return join
         tail = self._tree.tail(node)
-        if tail is None:
-            return None
-        if join is not None:
-            self._bury(join)
-        return self._add(JoinPoint(node, kind, tail, now))
+        return None if tail is None else self._add(JoinPoint(node, kind, tail, now), join)
 
     def leave_rest(self, node: Node, now: float) -> JoinPoint | None:
         """A REST at a node that nothing needs, where a rebuild from its end would save work."""
         rest = JoinPoint(node, JoinKind.REST, [], now)
-        _, lower, _ = self._span(rest)
-        if self._rebuild_tokens is None or node.end - lower <= self._rebuild_tokens:
+        lower, _ = self._span(rest)
+        rest.lower_end = lower.end
+        if self._rebuild_tokens is None or node.end - lower.end <= self._rebuild_tokens:
             return None
         return self._add(rest)
 
     def use(self, join: JoinPoint, now: float) -> None:
         """A request starts at ``join``."""
-        join.num_hits += 1
-        join.last_use = now
         if join.kind is JoinKind.RUNNING:
-            join.kind = JoinKind.TURN
-        self._order.note_match(join.kind, gone=False)
+            join.kind = join.origin = JoinKind.TURN
+        self._order.note_used(join.origin, join.num_hits)
+        join.num_hits += 1
+        self._order.note_made(join.origin, join.num_hits)
+        join.last_use = now
         self.push(join)
+
+    def look_for_ghosts(self, digests: Iterable[bytes]) -> None:
+        """Learns from the first of ``digests`` at which an evicted join point would have served."""
+        ghosts = self._ghosts
+        for digest in digests:
+            if digest in ghosts:
+                self._order.note_used(*ghosts.pop(digest))
+                return
 
     def remove(self, join: JoinPoint) -> None:
         """Gives a join point up, whatever it is worth."""
@@ -160,13 +181,14 @@ class JoinPoints:
             for block in blocks:
                 if not pool.references(block):
                     num_bytes += size / pool.keeps(block)
-        node, lower, sole = self._span(join)
-        span = node.end - lower
-        rebuild = self._rebuild_tokens
+        rebuild, node = self._rebuild_tokens, join.node
         if self._is_rest(join):
             assert rebuild is not None
-            saved = self._tree.block_size * max(0.0, 1 - rebuild / span)
-            return Stake(saved, self._node_bytes if sole else 0)
+            saved = self._tree.block_size * max(0.0, 1 - rebuild / (node.end - join.lower_end))
+            freed = node.need == 1 and self._tree.is_idle(node)
+            return Stake(saved, num_bytes + freed * self._node_bytes)
+        lower, sole = self._span(join)
+        span = node.end - lower.end
         if rebuild is not None and span > rebuild:
             return Stake(rebuild, num_bytes)
         return Stake(span, num_bytes + sole * self._node_bytes)
@@ -217,61 +239,62 @@ class JoinPoints:
         """Whether the prefix stays useful when its last block goes: nothing of it is a tail."""
         return join.kind is JoinKind.REST or not self._tree.sliding
 
-    def _span(self, join: JoinPoint) -> tuple[Node, int, int]:
-        """The node, where the next lower join point with a tail lies, and how many nodes only this one needs."""
-        node: Node = join.node
-        sole, exclusive = 0, node.need == 1 and self._tree.is_idle(node)
-        at = node
+    def _span(self, join: JoinPoint) -> tuple[Node, int]:
+        """Where the next lower join point with a tail lies (or the root), and how many nodes only this one needs."""
+        at = join.node
+        sole, exclusive = 0, at.need == 1 and self._tree.is_idle(at)
         while True:
-            if exclusive:
-                sole += 1
+            sole += exclusive
             parent = at.parent
-            if parent is None or not parent.blocks:
-                return node, 0, sole
+            assert parent is not None
             at = parent
-            if at.join is not None and at.join.kind is not JoinKind.REST:
-                return node, at.end, sole
+            if not at.blocks or (at.join is not None and at.join.kind is not JoinKind.REST):
+                return at, sole
             exclusive = exclusive and at.need == 1
 
     def _evict(self, join: JoinPoint) -> None:
+        """Gives a join point up; global blocks from which a rebuild would still save work stay as a REST."""
         self.num_evicted += 1
-        node, lower, _ = self._span(join)
-        rebuild = self._rebuild_tokens
+        if join.kind is not JoinKind.REST:
+            self._ghosts.pop(join.node.digest, None)
+            self._ghosts[join.node.digest] = join.origin, join.num_hits
+            if len(self._ghosts) > MAX_GHOSTS:
+                del self._ghosts[next(iter(self._ghosts))]
+        node, rebuild = join.node, self._rebuild_tokens
+        at = node.parent if self._is_rest(join) else node
         if self._is_rest(join):
-            parent = node.parent
+            lower_end, below = join.lower_end, None
+        else:
+            lower, _ = self._span(join)
+            lower_end, below = lower.end, lower.join
+        assert at is not None
+        leaves_rest = rebuild is not None and at.blocks and at.need == 1 and at.end - lower_end > rebuild
+        if leaves_rest and (at is node or at.join is None):
+            rest = JoinPoint(at, JoinKind.REST, [], join.last_use)
+            rest.num_hits, rest.lower_end, rest.origin = join.num_hits, lower_end, join.origin
+            self._add(rest, join)
+        else:
             self._bury(join)
-            assert parent is not None and rebuild is not None
-            if parent.blocks and parent.end - lower > rebuild and parent.join is None and not parent.need:
-                rest = JoinPoint(parent, JoinKind.REST, [], join.last_use)
-                rest.num_hits = join.num_hits
-                self._add(rest)
-            return
-        leaves_rest = rebuild is not None and node.end - lower > rebuild and not any(
-            child.need for child in node.children.values()
-        )
-        self._bury(join)
-        if leaves_rest:
-            rest = JoinPoint(node, JoinKind.REST, [], join.last_use)
-            rest.num_hits = join.num_hits
-            self._add(rest)
-        below = self._at(node, lower)
         if below is not None:
+            # Whoever would have joined here will now join below.
+            below.last_use = max(below.last_use, join.last_use)
+            chance = self._order.chance
+            if chance(join.origin, join.num_hits) > chance(below.origin, below.num_hits):
+                below.origin, below.num_hits = join.origin, join.num_hits
             self.push(below)
 
-    def _at(self, node: Node, end: int) -> JoinPoint | None:
-        at: Node | None = node
-        while at is not None and at.end > end:
-            at = at.parent
-        return None if at is None else at.join
-
-    def _add(self, join: JoinPoint) -> JoinPoint:
+    def _add(self, join: JoinPoint, instead_of: JoinPoint | None = None) -> JoinPoint:
+        """Makes a join point, and gives up another only when what both need is needed by the new one."""
         for group, blocks in zip(self._tree.sliding, join.blocks, strict=False):
             self._groups[group].pool.keep(blocks)
-        join.node.join = join
         self._tree.need(join.node)
+        if instead_of is not None:
+            self._bury(instead_of)
+        join.node.join = join
         self._tree.on_change(join.node)
         self.living.add(join)
-        self._order.note_created(join.kind)
+        if join.kind is not JoinKind.REST:
+            self._order.note_made(join.kind, 0)
         self.push(join)
         return join
 

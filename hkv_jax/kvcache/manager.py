@@ -23,7 +23,7 @@ from hkv_jax.kvcache.token_chain import TokenChain
 
 
 GROWTH_TOKENS = 256
-"""Tokens a running sequence is assumed to draw yet when the next is admitted; half as many in a window."""
+"""Tokens a running sequence is assumed to draw yet when the next is admitted."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -261,24 +261,30 @@ class CacheManager:
                 if demand.chunk_end < demand.num_tokens:
                     needed += group.window_blocks
                 else:
-                    needed += -(-min(demand.growth_tokens, GROWTH_TOKENS // 2) // group.block_size)
+                    ahead = min(demand.growth_tokens, max(0, group.window + group.block_size - demand.num_tokens))
+                    needed += -(-ahead // group.block_size)
             extra.append(idle + more + needed)
         return self._boundary.could_hold(extra)
 
-    def promised(self, prefilling: Iterable[tuple[int, int]], growth_tokens: NDArray[np.int32]) -> list[int]:
+    def promised(
+        self, prefilling: Iterable[tuple[int, int]], positions: NDArray[np.int32], limits: NDArray[np.int32]
+    ) -> list[int]:
         """Blocks by group that running sequences will still take.
 
         Args:
             prefilling: (lane, known tokens) of those that have not computed what they know.
-            growth_tokens: i32[running], what each may yet draw.
+            positions: i32[running], where each is in its sequence.
+            limits: i32[running], where it ends at the latest.
         """
         lanes = list(prefilling)
         promised = []
         for group in self._groups:
-            ahead = GROWTH_TOKENS if group.window is None else GROWTH_TOKENS // 2
-            blocks = int(np.sum(-(-np.minimum(growth_tokens, ahead) // group.block_size)))
-            blocks += sum(group.outstanding(lane, num_tokens) for lane, num_tokens in lanes)
-            promised.append(blocks)
+            ahead = np.minimum(limits - positions, GROWTH_TOKENS)
+            if group.window is not None:
+                # Once its window is full a sequence gives a block back for each it takes.
+                ahead = np.clip(group.window + group.block_size - positions, 0, ahead)
+            blocks = int(np.sum(-(-ahead // group.block_size)))
+            promised.append(blocks + sum(group.outstanding(lane, num_tokens) for lane, num_tokens in lanes))
         return promised
 
     def stats(self) -> tuple[PoolStats, ...]:

@@ -58,10 +58,22 @@ class PrefixCache:
 
     def rests_on_joins(self, path: PrefixPath, use: PrefixUse) -> bool:
         """Whether ``use`` stays possible until ``tree.on_change`` says otherwise: no block of it is loose by itself."""
+        return not use.start or bool(use.context_start) or self.join_of(path, use) is not None
+
+    def join_of(self, path: PrefixPath, use: PrefixUse) -> JoinPoint | None:
+        """The join point that a sequence with this ``use`` starts from."""
         if not use.start or use.context_start:
-            return True
+            return None
         join = self._node_at(path, use.start).join
-        return join is not None and join.kind is not JoinKind.REST
+        return None if join is None or join.kind is JoinKind.REST else join
+
+    def await_join(self, join: JoinPoint, change: int) -> None:
+        """One sequence more (or less) waits to start from ``join``."""
+        join.num_waiting += change
+        if join.alive:
+            if change > 0:
+                join.last_use = max(join.last_use, self.now)
+            self.joins.push(join)
 
     def loaded_blocks(self, path: PrefixPath, use: PrefixUse) -> list[list[int]]:
         """By group, the cached blocks that a sequence with this ``use`` takes over."""

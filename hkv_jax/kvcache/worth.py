@@ -1,6 +1,6 @@
 """The order in which cached join points are evicted: least worth first.
 
-Owns: how likely a join point of each kind is used again. Must never: know blocks.
+Owns: how likely a join point of each kind is used again, learned from those that were made. Must never: know blocks.
 """
 
 from __future__ import annotations
@@ -12,22 +12,45 @@ from hkv_jax.kvcache.join_points import JoinKind, JoinPoint, Stake
 HALF_LIFE_SECONDS = 10.0
 """A join point left alone for so long is half as likely to be used again."""
 
-REUSE = {
+PRIOR = {
     JoinKind.PROMPT_END: 0.3,
     JoinKind.BEFORE_END: 0.3,
     JoinKind.BRANCH: 0.8,
     JoinKind.TURN: 0.6,
-    JoinKind.RUNNING: 0.6,
-    JoinKind.REST: 0.3,
 }
-"""Chance that somebody joins at a new join point of each kind."""
+"""Chance that somebody joins at a join point of each kind, before any was seen."""
+
+PRIOR_WEIGHT = 16.0
+"""How many join points the prior counts for."""
+
+MEMORY = 256.0
+"""Join points of a kind after which older ones count for 1/e: traffic changes."""
+
+MAX_USES = 3
+"""Join points used more often than this are counted with those used so often."""
+
+WAITING_BONUS = 3.0
+"""Half-lives by which a join point that a waiting request will start from is worth more."""
 
 
 class WorthOrder:
     """Expected tokens of work saved, per byte, with recency.
 
-    The key is a logarithm, so that the passing of time, which halves all of them alike, changes no order.
+    The key is a logarithm, so that the passing of time, which halves all of them alike, changes no order. Chances are
+    counted over all join points, those that are gone included (counting survivors alone would flatter them), and apart
+    for those that were used before: a document asked about twice will be asked about again, while the end of a turn
+    that was continued will not.
     """
+
+    def __init__(self) -> None:
+        uses = range(MAX_USES + 1)
+        self._made = {(kind, n): PRIOR_WEIGHT for kind in PRIOR for n in uses}
+        self._used = {(kind, n): PRIOR_WEIGHT * (1 - (1 - chance) * 0.5**n) for kind, chance in PRIOR.items() for n in uses}
+
+    def chance(self, kind: JoinKind, num_uses: int) -> float:
+        """That a join point of this kind, used so often, is used again."""
+        entry = _entry(kind, num_uses)
+        return min(1.0, self._used[entry] / self._made[entry])
 
     def key(self, join: JoinPoint, stake: Stake) -> float:
         """The base-2 logarithm of tokens saved per byte, at time 0."""
@@ -35,11 +58,23 @@ class WorthOrder:
             return math.inf
         if not stake.num_tokens:
             return -math.inf
-        chance = 1 - (1 - REUSE[join.kind]) * 0.5**join.num_hits
+        if join.num_waiting:
+            return math.log2(stake.num_tokens / stake.num_bytes) + (join.last_use / HALF_LIFE_SECONDS + WAITING_BONUS)
+        chance = self.chance(join.origin, join.num_hits)
+        if chance <= 0:
+            return -math.inf
         return math.log2(chance * stake.num_tokens / stake.num_bytes) + join.last_use / HALF_LIFE_SECONDS
 
-    def note_match(self, kind: JoinKind, gone: bool) -> None:
-        """Chances are fixed."""
+    def note_made(self, kind: JoinKind, num_uses: int) -> None:
+        """A join point came to have been used so often."""
+        entry, fading = _entry(kind, num_uses), 1 - 1 / MEMORY
+        self._made[entry] = self._made[entry] * fading + 1
+        self._used[entry] *= fading
 
-    def note_created(self, kind: JoinKind) -> None:
-        """Chances are fixed."""
+    def note_used(self, kind: JoinKind, num_uses: int) -> None:
+        """One that had been used so often was used, or would have been, had it not been evicted."""
+        self._used[_entry(kind, num_uses)] += 1
+
+
+def _entry(kind: JoinKind, num_uses: int) -> tuple[JoinKind, int]:
+    return JoinKind.TURN if kind is JoinKind.RUNNING else kind, min(num_uses, MAX_USES)

@@ -21,13 +21,14 @@ class LeastRecentlyUsed:
         """When it was used last."""
         return join.last_use
 
-    def note_match(self, kind: JoinKind, gone: bool) -> None:
+    def chance(self, kind: JoinKind, num_uses: int) -> float:
+        """All alike."""
+        return 1.0
+
+    def note_made(self, kind: JoinKind, num_uses: int) -> None:
         """Nothing is learned."""
 
-    def note_created(self, kind: JoinKind) -> None:
-        """Nothing is learned."""
-
-    def note_used(self, kind: JoinKind) -> None:
+    def note_used(self, kind: JoinKind, num_uses: int) -> None:
         """Nothing is learned."""
 
 
