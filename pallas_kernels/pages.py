@@ -135,3 +135,37 @@ def token_planes(keys: jax.Array, values: jax.Array, pages: PageGeometry) -> jax
         jnp.pad(values, ((0, 0), (0, 0), (0, value_lanes - pages.value_dim))),
     )
     return jnp.concatenate(padded, axis=-1).reshape(tokens, pages.num_planes, LANES)
+
+
+def by_token(values: jax.Array, lanes: int) -> jax.Array:
+    """[T, H, D] as [T, H · lanes], each head padded with zeros."""
+    padded = jnp.pad(values, ((0, 0), (0, 0), (0, lanes - values.shape[-1])))
+    return padded.reshape(values.shape[0], -1)
+
+
+def own_rows(
+    keys: jax.Array, values: jax.Array, pages: PageGeometry
+) -> tuple[list[jax.Array], tuple[tuple[int, int], ...]]:
+    """New tokens by row, lanes as in planes, without laying K and V side by side where they have planes of their own.
+
+    Args:
+        keys: [T, K, Dk].
+        values: [T, K, Dv].
+        pages: where they will lie.
+
+    Returns:
+        arrays [T, lanes], and for each plane of a page which array has it and from which lane on.
+    """
+    heads = range(pages.num_kv_heads)
+    if pages.shares_plane:
+        together = token_planes(keys, values, pages).reshape(keys.shape[0], -1)
+        return [together], tuple((0, head * LANES) for head in heads)
+    counts = (pages.key_planes, pages.value_planes)
+    arrays = [by_token(x, count * LANES) for x, count in zip((keys, values), counts, strict=True)]
+    planes = [
+        (array, (head * count + i) * LANES)
+        for head in heads
+        for array, count in enumerate(counts)
+        for i in range(count)
+    ]
+    return arrays, tuple(planes)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.pages import LANES, AttentionShape, as_pages, token_planes
+from pallas_kernels.pages import LANES, AttentionShape, as_pages, by_token, own_rows
 from pallas_kernels.prefill_attention.kernel import prefill_kernel
 from pallas_kernels.prefill_attention.tile import PrefillTile, choose_tile
 from pallas_kernels.prefill_rows import PrefillRows, StepTokens, prefill_rows
@@ -71,9 +71,9 @@ def prefill(shape: AttentionShape, inputs: PrefillInputs, interpret: bool | pltp
 def run(tile: PrefillTile, inputs: PrefillInputs, interpret: bool | pltpu.InterpretParams = False) -> jax.Array:
     """``prefill`` with tiles chosen elsewhere."""
     shape, pages = tile.shape, tile.shape.pages
-    own = _own_arrays(tile, inputs)
-    queries = _by_token(inputs.queries, tile.query_lanes)
-    outputs = _by_token(inputs.outputs, tile.output_lanes)
+    own = own_rows(inputs.keys, inputs.values, pages)[0] if tile.reads_own else []
+    queries = by_token(inputs.queries, tile.query_lanes)
+    outputs = by_token(inputs.outputs, tile.output_lanes)
     tables = [] if tile.reads_own else [inputs.rows.tables]
     sinks = [] if inputs.sinks is None else [inputs.sinks.astype(jnp.float32)]
     in_hbm = pl.BlockSpec(memory_space=pltpu.HBM)
@@ -110,23 +110,6 @@ def run(tile: PrefillTile, inputs: PrefillInputs, interpret: bool | pltpu.Interp
     by_head = result.reshape(tile.num_tokens, shape.num_heads, tile.output_lanes)
     begin = 0 if tile.packed else pages.value_lane
     return by_head[..., begin : begin + pages.value_dim]
-
-
-def _by_token(values: jax.Array, lanes: int) -> jax.Array:
-    """[T, H, D] as [T, H · lanes], each head padded with zeros."""
-    padded = jnp.pad(values, ((0, 0), (0, 0), (0, lanes - values.shape[-1])))
-    return padded.reshape(values.shape[0], -1)
-
-
-def _own_arrays(tile: PrefillTile, inputs: PrefillInputs) -> list[jax.Array]:
-    """The step's own keys and values by token, as planes lie in a page; none where the pool has them."""
-    pages = tile.shape.pages
-    if not tile.reads_own:
-        return []
-    if pages.shares_plane:
-        return [token_planes(inputs.keys, inputs.values, pages).reshape(tile.num_tokens, -1)]
-    keys = _by_token(inputs.keys, pages.key_planes * LANES)
-    return [keys, _by_token(inputs.values, pages.value_planes * LANES)]
 
 
 def _scratch(tile: PrefillTile, inputs: PrefillInputs) -> list[Any]:
