@@ -68,7 +68,7 @@ class FakeLanes:
         self.counts[lane] = self.prints[lane, 0] = 0
         if use.start:
             tokens, positions = sequence.tokens(0, use.start).astype(np.int64), np.arange(use.start)
-            self.prints[lane, 1 : use.start + 1] = np.cumsum(_token_prints(tokens, positions))
+            self.prints[lane, 1 : use.start + 1] = prefix_prints(tokens)
             counts = _token_counts(tokens, positions < sequence.request.prompt_len)
             self.counts[lane] = np.add.reduce(counts)
 
@@ -139,6 +139,15 @@ class FakeRunner:
         self._tables = [
             np.full((self._num_lanes, group.table_width), NO_PAGE, np.int64) for group in self._layout.groups
         ]
+
+    def check_block(self, group: int, page: int, prints: Prints) -> None:
+        """Asserts that a block holds the exact K/V of tokens whose prefixes have these fingerprints, u64[P]."""
+        places = self._places[group]
+        found = self._arenas[places.group.arena][places.indices(places.block_slots(page))]
+        wrong = np.flatnonzero(np.any(found != prints[:, None] + places.layers, axis=1))
+        assert not len(wrong), (
+            f"{places.group.spec.name}: token {wrong[0]} of page {page} is not what a hit would expect"
+        )
 
     def dispatch(self, plan: StepPlan, batch: StepBatch) -> FakeHandle:
         """Runs a step.
@@ -338,6 +347,11 @@ class FakeRunner:
         logprobs.chosen[place] = -((context + 7 * token) % 1000) / 100
         logprobs.top_ids[place] = (token + np.arange(MAX_LOGPROBS)) % self._vocab_size
         logprobs.top_logprobs[place] = -np.arange(MAX_LOGPROBS) - (context % 1000) / 1000
+
+
+def prefix_prints(tokens: Ints) -> Prints:
+    """The fingerprint of each token's prefix, itself included."""
+    return np.cumsum(_token_prints(tokens, np.arange(len(tokens))))
 
 
 def _token_prints(tokens: Ints, positions: Ints) -> Prints:
