@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -89,6 +93,21 @@ def test_prompt_logprobs_are_of_the_whole_prompt_whatever_is_cached(client: Infe
         assert left.token_id == right.token_id
         assert left.logprob == pytest.approx(right.logprob, abs=2e-4)
     assert tokens(warm) == tokens(cold)
+
+
+def test_without_prefix_caching_every_prompt_is_computed_and_nothing_is_kept(client: InferenceClient) -> None:
+    prompt = prompt_of(11, 100)
+    flags = ("generate", *FLAGS, "--no-enable-prefix-caching", "--json")
+    sampling = ("--max-tokens", "24", "--temperature", "0", "--ignore-eos")
+    prompts = ("--prompt-token-ids", ",".join(map(str, prompt))) * 2
+    command = [sys.executable, "-m", "serving", *flags, *sampling, *prompts]
+    shown = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert shown.returncode == 0, shown.stderr
+    lines = [json.loads(line) for line in shown.stdout.splitlines()]
+    cold = dataclasses.asdict(Usage(100, 24))
+    assert [line["usage"] for line in lines] == [cold, cold]
+    expected = client.generate(prompt, GREEDY).outputs[0].token_ids
+    assert [tuple(line["token_ids"]) for line in lines] == [expected, expected]
 
 
 def test_the_server_counts_what_was_saved(client: InferenceClient) -> None:
