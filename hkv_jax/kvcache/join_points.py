@@ -250,7 +250,7 @@ class JoinPoints:
             at = parent
             if not at.blocks or (at.join is not None and at.join.kind is not JoinKind.REST):
                 return at, sole
-            exclusive = exclusive and at.need == 1
+            exclusive = exclusive and at.need == 1 and self._tree.is_idle(at)
 
     def _evict(self, join: JoinPoint) -> None:
         """Gives a join point up; global blocks from which a rebuild would still save work stay as a REST."""
@@ -275,6 +275,7 @@ class JoinPoints:
             self._add(rest, join)
         else:
             self._bury(join)
+            self._push_needed(node)
         if below is not None:
             # Whoever would have joined here will now join below.
             below.last_use = max(below.last_use, join.last_use)
@@ -282,6 +283,14 @@ class JoinPoints:
             if chance(join.origin, join.num_hits) > chance(below.origin, below.num_hits):
                 below.origin, below.num_hits = join.origin, join.num_hits
             self.push(below)
+
+    def _push_needed(self, node: Node) -> None:
+        """The nearest node at or before ``node`` that is still needed: its join point alone may need it now."""
+        at: Node | None = node
+        while at is not None and at.blocks and not at.need:
+            at = at.parent
+        if at is not None and at.join is not None:
+            self.push(at.join)
 
     def _add(self, join: JoinPoint, instead_of: JoinPoint | None = None) -> JoinPoint:
         """Makes a join point, and gives up another only when what both need is needed by the new one."""
