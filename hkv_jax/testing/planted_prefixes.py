@@ -40,16 +40,24 @@ class PlantedPrefixes:
         return self.tree.find(name.encode())
 
     def hold(self, name: str) -> None:
-        """As if a running sequence had the blocks of the prefix's last node in its tables."""
-        node = self._node(name)
-        for cache, blocks in zip(self.groups, node.blocks, strict=True):
+        """As if a running sequence had the prefix in its tables: of sliding groups the last node's blocks."""
+        for cache, blocks in zip(self.groups, self.blocks_of(name), strict=True):
             cache.pool.retain(blocks)
 
     def let_go(self, name: str) -> None:
         """Undoes ``hold``."""
-        node = self._node(name)
-        for cache, blocks in zip(self.groups, node.blocks, strict=True):
+        for cache, blocks in zip(self.groups, self.blocks_of(name), strict=True):
             cache.pool.release(blocks)
+
+    def blocks_of(self, name: str) -> list[list[int]]:
+        """By group, what ``hold`` holds."""
+        node, at = self._node(name), self._node(name)
+        blocks = [list(ids) for ids in node.blocks]
+        while at.parent is not None and at.parent.blocks:
+            at = at.parent
+            for group in self.tree.globals:
+                blocks[group] += at.blocks[group]
+        return blocks
 
     def forget(self, group: int, block: int) -> None:
         """Takes a loose block for something else, and gives that up again."""
