@@ -10,8 +10,8 @@ import itertools
 from tools.cache_bench.cases import Case, Result, Run
 from tools.cache_bench.results import Results
 
-FIRST_SHARES = 9
-REFINEMENTS = 3
+FIRST_SHARES = 8
+REFINEMENTS = 2
 
 
 def best_static(case: Case, results: Results, policy: str = "hybrid") -> Run:
