@@ -35,6 +35,9 @@ T = TypeVar("T")
 
 STEP_SECONDS = 0.025
 
+COMPARED_SHARE = 0.005
+"""Of the sequences that finish: running one alone takes as many steps as it has tokens."""
+
 MAX_REMEMBERED = 24
 """Finished conversations that may be taken up again."""
 
@@ -217,7 +220,7 @@ class PrefixTraffic:
             self.hits[sequence.first_prefix.hit] += 1
         if event.finish_reason is not None:
             request = self._requests[name]
-            if self._chance(0.02):
+            if self._chance(COMPARED_SHARE):
                 self._compare(request, sequence.sample, outputs[sequence.sample], event.finish_reason)
             self._remember([*request.prompt_token_ids, *outputs[sequence.sample]])
             del outputs[sequence.sample]

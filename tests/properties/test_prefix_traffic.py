@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from hkv_jax.engine import scheduler
+from hkv_jax.engine import prefill, scheduler
 from hkv_jax.engine.prefill import Prefill
 from hkv_jax.engine.request import Sequence
 from hkv_jax.kvcache import manager, prefix_cache
@@ -100,10 +100,15 @@ CASES = {
 
 
 @pytest.fixture(autouse=True)
-def _optimistic_admission(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody is expected to draw many tokens: pools overflow, and sequences must give way."""
+def _short_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Distances that are small beside real prompts are small beside these too.
+
+    Nobody is expected to draw many tokens, so that pools overflow and sequences must give way; and only the last blocks
+    of a prompt are worth joining.
+    """
     for module in (manager, scheduler):
         monkeypatch.setattr(module, "GROWTH_TOKENS", 0)
+    monkeypatch.setattr(prefill, "BEFORE_END_TOKENS", 8)
 
 
 @pytest.mark.slow
@@ -115,8 +120,8 @@ def test_ten_thousand_steps(name: str) -> None:
     traffic.drain()
     cache = traffic.engine.cache
     assert set(traffic.hits) == case.hits
-    assert min(traffic.hits.values()) >= 50, traffic.hits
-    assert traffic.num_compared >= 20
+    assert min(traffic.hits.values()) >= 20, traffic.hits
+    assert traffic.num_compared >= 5
     assert cache.prefixes.joins.num_evicted > 100
     assert (cache.num_slabs_moved > 100) == case.moves
     assert traffic.engine.scheduler.num_preemptions > 0 or not case.preempts
@@ -211,9 +216,9 @@ def a_hit_leaves_nothing_to_compute(patch: pytest.MonkeyPatch) -> None:
     honest = Prefill.of
 
     def of(sequence: Sequence, known_end: int, block_size: int) -> Prefill:
-        prefill = honest(sequence, known_end, block_size)
-        prefill.path.limit = known_end // block_size
-        return prefill
+        made = honest(sequence, known_end, block_size)
+        made.path.limit = known_end // block_size
+        return made
 
     patch.setattr(Prefill, "of", of)
 
@@ -278,6 +283,11 @@ def the_window_is_released_a_block_early(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(GroupCache, "release_window", lambda self, lane, start: honest(self, lane, start + self.block_size))
 
 
+def the_window_is_a_token_short(patch: pytest.MonkeyPatch) -> None:
+    honest = BlockTable.__init__
+    patch.setattr(BlockTable, "__init__", lambda self, size, window: honest(self, size, window and window - 1))
+
+
 def a_hit_is_not_pinned(patch: pytest.MonkeyPatch) -> None:
     honest = GroupCache.load
 
@@ -297,7 +307,7 @@ def cached_blocks_are_written_again(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(BlockTable, "load", lambda self, start, blocks, end: honest(self, start, blocks, 0))
 
 
-SEEN = "holds the K/V of something else|never set|polluted|what a hit would expect|is cached and|P2|does not follow"
+SEEN = "holds the K/V of something else|never set|polluted|what a hit would expect|is cached and|P2|not kept"
 
 
 @pytest.mark.parametrize(
@@ -311,6 +321,7 @@ SEEN = "holds the K/V of something else|never set|polluted|what a hit would expe
         polluted_blocks_are_listed,
         the_block_before_the_exact_tail_is_listed,
         the_window_is_released_a_block_early,
+        the_window_is_a_token_short,
         a_hit_is_not_pinned,
         half_written_blocks_are_listed,
         cached_blocks_are_written_again,
@@ -318,6 +329,8 @@ SEEN = "holds the K/V of something else|never set|polluted|what a hit would expe
 )
 def test_a_planted_mistake_is_seen(plant: Plant, monkeypatch: pytest.MonkeyPatch) -> None:
     plant(monkeypatch)
-    traffic = PrefixTraffic(BASE, seed=0, rates=TrafficRates(arrival=0.4))
+    # A budget that leaves a few tokens for the next prompt: its second chunk begins within a block.
+    config = dataclasses.replace(BASE, max_num_seqs=12, max_num_batched_tokens=18, kv_cache_memory=40 * 1024)
+    traffic = PrefixTraffic(config, seed=0, rates=TrafficRates(arrival=0.4))
     with pytest.raises((AssertionError, ValueError), match=SEEN):
         traffic.run(4_000, full_check_every=10)

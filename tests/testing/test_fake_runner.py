@@ -12,7 +12,6 @@ from hkv_jax.engine.batch import StepBatch
 from hkv_jax.engine.engine import Engine
 from hkv_jax.engine.request import Request
 from hkv_jax.engine.scheduler import Scheduler
-from hkv_jax.kvcache.block_table import BlockTable
 from hkv_jax.kvcache.group_cache import GroupCache
 from hkv_jax.kvcache.layout import GroupLayout
 from hkv_jax.kvcache.manager import CacheManager, Fork
@@ -45,11 +44,6 @@ def release_too_early(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(GroupCache, "release_window", lambda self, lane, start: honest(self, lane, start + self.block_size))
 
 
-def window_off_by_one(patch: pytest.MonkeyPatch) -> None:
-    honest = BlockTable.__init__
-    patch.setattr(BlockTable, "__init__", lambda self, size, window: honest(self, size, window and window - 1))
-
-
 def wrong_decode_slot(patch: pytest.MonkeyPatch) -> None:
     honest = GroupCache.decode_slots
     patch.setattr(GroupCache, "decode_slots", lambda self, lanes, positions: honest(self, lanes, positions) ^ 1)
@@ -69,9 +63,9 @@ def old_page_of_a_decode_step(patch: pytest.MonkeyPatch) -> None:
     """The block a decode step begins is allocated, but the step goes on writing to the one before."""
     honest = GroupCache.grow
 
-    def grow(self: GroupCache, lane: int, start: int, end: int) -> None:
+    def grow(self: GroupCache, lane: int, start: int, end: int, keep_from: int) -> None:
         page = self._current_pages[lane]
-        honest(self, lane, start, end)
+        honest(self, lane, start, end, keep_from)
         if end == start + 1 and start:
             self._current_pages[lane] = page
 
@@ -125,7 +119,6 @@ def no_lane_is_reset(patch: pytest.MonkeyPatch) -> None:
     "plant",
     [
         release_too_early,
-        window_off_by_one,
         wrong_decode_slot,
         wrong_chunk_slot,
         forgotten_table_update,
