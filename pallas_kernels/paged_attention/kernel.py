@@ -1,9 +1,9 @@
 """Paged decode: an online softmax over tiles of a row's blocks, for contexts of any length.
 
-The tiles of all rows are one queue: while one is computed, the next ones are fetched, whosever they are, so that a row's
-first tile does not wait. The queue's fetching end runs ahead of its computing end by the number of buffers less one.
-Tables are too large for scalar memory (256 rows of 128k tokens are 2 MiB): they stay in HBM, and each row's is copied a
-row or two ahead.
+The tiles of all rows are one queue: while one is computed, the next ones are fetched, whosever they are, so that the
+first tile of a row does not wait. The queue's fetching end runs ahead of its computing end by the number of buffers
+less one. Tables are too large for scalar memory (256 rows of 128k tokens are 2 MiB): they stay in HBM, and each row's
+is copied a row or two ahead.
 
 Owns: the kernel body. Must never: be called but through ``ops``.
 
@@ -72,7 +72,7 @@ class PagedTile:
 
 
 class Scalars(NamedTuple):
-    """Scalars in SMEM: kv_lens i32[S], slots i32[S], order i32[S], and i32[2]: the layer, and how many rows are live."""
+    """In SMEM: kv_lens i32[S], slots i32[S], order i32[S], and i32[2]: the layer, and how many rows are live."""
 
     kv_lens: Any
     slots: Any
@@ -97,9 +97,9 @@ class Pool(NamedTuple):
 
 
 class Scratch(NamedTuple):
-    """VMEM: tiles [buffers, C, T, 128], writes [WRITES_HELD, C, row tile, 128], the running softmax f32[H, …] of a row.
+    """VMEM: tiles [buffers, C, T, 128], writes [WRITES_HELD, C, row tile, 128], a row's running softmax f32[H, …].
 
-    SMEM: tables i32[TABLES_HELD, M / 128, 128], queue i32[4] (see ``_Queue``). Semaphores: of each buffer, table, write.
+    SMEM: tables i32[TABLES_HELD, M / 128, 128], queue i32[4] (see ``_Queue``). Semaphores of buffers, tables, writes.
     """
 
     tiles: Any

@@ -14,8 +14,9 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.decode_inputs import DecodeInputs, check_decode
 from pallas_kernels.heads import HeadLayout
-from pallas_kernels.pages import LANES, AttentionShape, as_pages, token_planes
 from pallas_kernels.paged_attention.kernel import TABLES_HELD, WRITES_HELD, PagedTile, decode_kernel
+from pallas_kernels.pages import LANES, AttentionShape, as_pages, token_planes
+from pallas_kernels.tiles import page_bytes, paged_tiles, vector_memory_limit
 
 
 def decode(
@@ -33,7 +34,7 @@ def decode(
     """
     check_decode(shape, inputs)
     num_rows = inputs.queries.shape[0]
-    tile = _tile(shape, inputs)
+    tile = _tile(shape, jnp.dtype(inputs.arena.dtype), jnp.dtype(inputs.queries.dtype))
     heads, pages, rows = tile.heads, shape.pages, inputs.rows
     view = as_pages(inputs.arena, pages)
     sinks = [] if inputs.sinks is None else [heads.pack_sinks(inputs.sinks)]
@@ -72,7 +73,9 @@ def decode(
         ],
         input_output_aliases={7 + len(sinks): 1},
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("arbitrary",), vmem_limit_bytes=100 * 2**20, disable_bounds_checks=True
+            dimension_semantics=("arbitrary",),
+            vmem_limit_bytes=vector_memory_limit(tile.buffers * tile.blocks * page_bytes(shape, view.dtype)),
+            disable_bounds_checks=True,
         ),
         interpret=interpret,
         name="paged_decode",
@@ -90,12 +93,7 @@ def decode(
     return heads.unpack_outputs(outputs), view.reshape(inputs.arena.shape)
 
 
-_forced = (512, 3, 2)
-
-
-def _tile(shape: AttentionShape, inputs: DecodeInputs) -> PagedTile:
-    tokens, buffers, want_heads = _forced
-    heads = next(n for n in range(want_heads, 0, -1) if shape.pages.num_kv_heads % n == 0)
-    compute = jnp.promote_types(inputs.queries.dtype, inputs.arena.dtype)
-    blocks = max(1, tokens // shape.pages.block_size)
-    return PagedTile(HeadLayout(shape, heads), blocks, buffers, jnp.dtype(inputs.arena.dtype), jnp.dtype(compute))
+def _tile(shape: AttentionShape, dtype: jnp.dtype, query_dtype: jnp.dtype) -> PagedTile:
+    tiles = paged_tiles(shape, dtype)
+    compute = jnp.dtype(jnp.promote_types(query_dtype, dtype))
+    return PagedTile(HeadLayout(shape, tiles.heads_per_product), tiles.blocks, tiles.buffers, dtype, compute)

@@ -14,7 +14,10 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.decode_inputs import DecodeInputs, check_decode
 from pallas_kernels.heads import HeadLayout
-from pallas_kernels.pages import LANES, AttentionShape, as_pages, token_planes
+from pallas_kernels.paged_attention.ops import decode as paged_decode
+from pallas_kernels.pages import LANES, NO_SLOT, AttentionShape, as_pages, token_planes
+from pallas_kernels.rows import in_vectors
+from pallas_kernels.tiles import page_bytes, vector_memory_limit, window_tiles
 from pallas_kernels.windowed_attention.kernel import WindowTile, decode_kernel
 
 
@@ -23,12 +26,22 @@ def decode(
 ) -> tuple[jax.Array, jax.Array]:
     """Writes each row's K/V to its slot and attends over its window.
 
+    A row without a slot sees its own K/V all the same. At most 4,096 rows: their tables are in scalar memory.
+
     Returns:
         outputs [S, H, Dv] in the dtype of the queries, 0 for rows of length 0; and the arena, in place.
+
+    Raises:
+        ValueError: as ``check_decode`` says.
     """
     check_decode(shape, inputs)
-    num_rows = inputs.queries.shape[0]
     tile = _tile(shape, inputs)
+    if tile is None:
+        tables = in_vectors(inputs.rows.tables)
+        return paged_decode(shape, inputs._replace(rows=inputs.rows._replace(tables=tables)), interpret)
+    asked = inputs.queries.shape[0]
+    inputs = _padded(inputs, -asked % tile.sequences)
+    num_rows = inputs.queries.shape[0]
     heads, pages = tile.heads, shape.pages
     view = as_pages(inputs.arena, pages)
     new_rows = token_planes(inputs.keys, inputs.values, pages)
@@ -59,7 +72,9 @@ def decode(
         out_shape=[output_shape, jax.ShapeDtypeStruct(view.shape, view.dtype)],
         input_output_aliases={6 + len(sinks): 1},
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("arbitrary",), vmem_limit_bytes=100 * 2**20, disable_bounds_checks=True
+            dimension_semantics=("arbitrary",),
+            vmem_limit_bytes=vector_memory_limit(tile.sequences * tile.fetched_blocks * page_bytes(shape, view.dtype)),
+            disable_bounds_checks=True,
         ),
         interpret=interpret,
         name="windowed_decode",
@@ -73,16 +88,30 @@ def decode(
         *sinks,
         view,
     )
-    return heads.unpack_outputs(outputs), view.reshape(inputs.arena.shape)
+    return heads.unpack_outputs(outputs)[:asked], view.reshape(inputs.arena.shape)
 
 
-_forced = (4, 2, 1)
+def _padded(inputs: DecodeInputs, count: int) -> DecodeInputs:
+    """With ``count`` rows more that do nothing, so that programs are full."""
+    if not count:
+        return inputs
+
+    def pad(array: jax.Array, value: int = 0) -> jax.Array:
+        return jnp.pad(array, ((0, count), *((0, 0) for _ in array.shape[1:])), constant_values=value)
+
+    rows = inputs.rows
+    padded = rows._replace(tables=pad(rows.tables), kv_lens=pad(rows.kv_lens), slots=pad(rows.slots, NO_SLOT))
+    return inputs._replace(queries=pad(inputs.queries), keys=pad(inputs.keys), values=pad(inputs.values), rows=padded)
 
 
-def _tile(shape: AttentionShape, inputs: DecodeInputs) -> WindowTile:
-    num_rows = inputs.queries.shape[0]
-    want, want_heads, together = _forced
-    sequences = next(n for n in range(want, 0, -1) if num_rows % n == 0)
-    heads = next(n for n in range(want_heads, 0, -1) if shape.pages.num_kv_heads % n == 0)
-    compute = jnp.promote_types(inputs.queries.dtype, inputs.arena.dtype)
-    return WindowTile(HeadLayout(shape, heads), sequences, together, jnp.dtype(inputs.arena.dtype), jnp.dtype(compute))
+def _tile(shape: AttentionShape, inputs: DecodeInputs) -> WindowTile | None:
+    dtype = jnp.dtype(inputs.arena.dtype)
+    tiles = window_tiles(shape, dtype)
+    if tiles is None:
+        return None
+    # A few rows need no more places than they are.
+    whole = -(-inputs.queries.shape[0] // tiles.together) * tiles.together
+    sequences = max(2 * tiles.together, min(tiles.sequences, whole))
+    compute = jnp.dtype(jnp.promote_types(inputs.queries.dtype, dtype))
+    heads = HeadLayout(shape, tiles.heads_per_product)
+    return WindowTile(heads, sequences, tiles.together, dtype, compute)

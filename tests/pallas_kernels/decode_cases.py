@@ -1,19 +1,23 @@
-"""A pool, tables and rows for decode kernels, with NaN in every row of the pool that no key of a row lies in.
+"""A pool, tables and rows for decode kernels, with NaN in every row of the pool where no key of a row lies.
 
-Kept beside the tests: imported by them through ``conftest``.
+Owns: such cases, and what a decode must give for them. Must never: choose a kernel's tiles.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.decode_inputs import DecodeInputs
-from pallas_kernels.pages import LANES, NO_SLOT, AttentionShape, as_pages, token_planes
+from pallas_kernels.decode_reference import decode_reference
+from pallas_kernels.pages import LANES, NO_SLOT, AttentionShape, token_planes
 from pallas_kernels.rows import DecodeRows, QueryRows, global_rows, windowed_rows
+from tests.pallas_kernels.interpreted import INTERPRET, assert_same_bits, races_found
 
 NUM_LAYERS = 2
 LAYER = 1
@@ -51,9 +55,7 @@ class DecodeCase:
                 slots[row] = self._fill(rng, pool, tables[lanes[row]], (row, int(position)), int(spare[row]))
         live = jnp.asarray(positions >= 0)
         safe = jnp.asarray(np.maximum(positions, 0))
-        query_rows = QueryRows(
-            jnp.asarray(lanes), safe, jnp.zeros(num_rows, jnp.int32), jnp.asarray(slots), live
-        )
+        query_rows = QueryRows(jnp.asarray(lanes), safe, jnp.zeros(num_rows, jnp.int32), jnp.asarray(slots), live)
         rows: DecodeRows = (
             windowed_rows(self.shape, jnp.asarray(tables), query_rows)
             if ring
@@ -96,11 +98,18 @@ class DecodeCase:
         return int(table[column] * block + position % block)
 
 
-def unwritten_rows(case: DecodeCase, inputs: DecodeInputs) -> jax.Array:
-    """The pool with the call's slots set to 0, for comparing everything else."""
-    view = as_pages(inputs.arena, case.shape.pages)
-    for slot in np.asarray(inputs.rows.slots):
-        if slot != NO_SLOT:
-            page, offset = divmod(int(slot), case.shape.pages.block_size)
-            view = view.at[page + LAYER, :, offset].set(0)
-    return view
+Decode = Callable[[AttentionShape, DecodeInputs, Any], tuple[jax.Array, jax.Array]]
+
+
+def check_decode_case(case: DecodeCase, decode: Decode) -> None:
+    """Outputs are those of the reference, the pool is it bit for bit, there is no race, and nothing is NaN."""
+    inputs = case.inputs()
+    expected, expected_pool = decode_reference(case.shape, inputs)
+    outputs, pool = jax.jit(lambda given: decode(case.shape, given, INTERPRET))(inputs)
+    assert not races_found()
+    assert outputs.dtype == inputs.queries.dtype
+    assert_same_bits(pool, expected_pool)
+    tolerance = 2e-6 if case.dtype == case.query_dtype == "float32" else 2e-2
+    np.testing.assert_allclose(np.asarray(outputs, np.float32), np.asarray(expected), rtol=tolerance, atol=tolerance)
+    for row, position in enumerate(case.positions):
+        assert position >= 0 or not np.asarray(outputs[row]).any()

@@ -1,0 +1,117 @@
+"""How much of the pool a decode kernel holds at once: a formula, and the data file ``tiles.toml`` that may overrule it.
+
+The same tiles serve every chip: they fit the smallest vector memory (64 MiB a core, v5p and tpu7x), since what a
+program is compiled for is not known where it is traced.
+
+Owns: those choices. Must never: change a result; a tile is a matter of speed.
+
+Axis letters: P token slots of a block, M blocks of a windowed row, H query heads.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.resources
+import tomllib
+from typing import Any
+
+import jax.numpy as jnp
+
+from pallas_kernels.pages import LANES, AttentionShape
+
+POOL_BYTES = 40 * 2**20
+"""Most bytes of vector memory that blocks may take."""
+
+BESIDE_BYTES = 16 * 2**20
+"""Bytes of vector memory for everything else: queries, outputs, what the compiler spills."""
+
+SMALL_ROW_BYTES = 2**19
+"""A window shorter than this arrives before one computation's latencies are over: two are computed together."""
+
+SCORE_BYTES = 2**17
+"""Bytes of scores of one tile, in float32: half of the vector registers."""
+
+TILE_BYTES = 2**21
+"""A tile of this many bytes is worth a microsecond of the fastest chip's memory, longer than a copy's latency."""
+
+MATRIX_UNIT_LANES = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class WindowTiles:
+    """``sequences`` of a program, those computed ``together``, and kv heads that share a product."""
+
+    sequences: int
+    together: int
+    heads_per_product: int
+
+
+@dataclasses.dataclass(frozen=True)
+class PagedTiles:
+    """``blocks`` of a tile (a power of two up to 128), ``buffers`` for tiles, and kv heads that share a product."""
+
+    blocks: int
+    buffers: int
+    heads_per_product: int
+
+
+def window_tiles(shape: AttentionShape, dtype: jnp.dtype) -> WindowTiles | None:
+    """Tiles of a windowed decode; ``None`` where two windows do not fit vector memory."""
+    row_bytes = shape.table_width * page_bytes(shape, dtype)
+    if 2 * row_bytes > POOL_BYTES:
+        return None
+    together = 2 if row_bytes < SMALL_ROW_BYTES else 1
+    sequences = max(2 * together, min(8 if together > 1 else 4, POOL_BYTES // row_bytes))
+    chosen = WindowTiles(sequences, together, heads_per_product(shape))
+    return dataclasses.replace(chosen, **_overrides("windowed_decode", shape))
+
+
+def paged_tiles(shape: AttentionShape, dtype: jnp.dtype) -> PagedTiles:
+    """Tiles of a paged decode."""
+    block = shape.pages.block_size
+    by_scores = SCORE_BYTES // (4 * shape.num_heads * block)
+    by_bytes = TILE_BYTES // page_bytes(shape, dtype)
+    most = POOL_BYTES // (2 * page_bytes(shape, dtype))
+    blocks = _power_of_two(min(max(1, min(by_scores, by_bytes)), most, LANES))
+    buffers = max(2, min(4, 1 + -(-TILE_BYTES // (blocks * page_bytes(shape, dtype)))))
+    chosen = PagedTiles(blocks, buffers, heads_per_product(shape))
+    return dataclasses.replace(chosen, **_overrides("paged_decode", shape))
+
+
+def heads_per_product(shape: AttentionShape) -> int:
+    """As many kv heads as fill the depth of a matrix unit."""
+    most = max(1, MATRIX_UNIT_LANES // (shape.pages.key_planes * LANES))
+    return next(n for n in range(most, 0, -1) if shape.pages.num_kv_heads % n == 0)
+
+
+def page_bytes(shape: AttentionShape, dtype: jnp.dtype) -> int:
+    """Bytes of one page."""
+    return shape.pages.rows * LANES * jnp.dtype(dtype).itemsize
+
+
+def vector_memory_limit(block_buffer_bytes: int) -> int:
+    """What a kernel with that many bytes of block buffers asks of the compiler."""
+    return block_buffer_bytes + BESIDE_BYTES
+
+
+def _power_of_two(number: int) -> int:
+    return 1 << (max(number, 1).bit_length() - 1)
+
+
+def _overrides(kernel: str, shape: AttentionShape) -> dict[str, int]:
+    of_shape = {
+        "num_heads": shape.num_heads,
+        "num_kv_heads": shape.pages.num_kv_heads,
+        "key_dim": shape.pages.key_dim,
+        "block_size": shape.pages.block_size,
+    }
+    for entry in _data().get(kernel, []):
+        if all(entry[name] == value for name, value in of_shape.items()):
+            return {name: value for name, value in entry.items() if name not in of_shape}
+    return {}
+
+
+@functools.cache
+def _data() -> dict[str, Any]:
+    return tomllib.loads(importlib.resources.files("pallas_kernels").joinpath("tiles.toml").read_text("utf-8"))

@@ -1,0 +1,35 @@
+"""Kernels on a CPU: interpreted with race detection, uninitialised memory NaN.
+
+Owns: the mode, and what must hold after every call. Must never: know a kernel.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental.pallas import tpu as pltpu
+
+INTERPRET = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
+
+
+def races_found() -> bool:
+    """Whether the last interpreted call had a race; jax has no public name for it, and moved it."""
+    for name in ("interpret.interpret_pallas_call", "interpret"):
+        try:
+            module = importlib.import_module(f"jax._src.pallas.mosaic.{name}")
+        except ImportError:
+            continue
+        if hasattr(module, "races"):
+            return bool(module.races is not None and module.races.races_found)
+    raise AssertionError("this jax keeps the races it found somewhere else")
+
+
+def assert_same_bits(actual: Any, expected: Any) -> None:
+    """Every bit of two arrays, NaN and all."""
+    for array in (actual, expected):
+        assert isinstance(array, jax.Array)
+    one, other = (np.asarray(array).view(np.uint8) for array in (actual, expected))
+    assert (one == other).all(), f"{int((one != other).sum())} of {one.size} bytes differ"

@@ -1,0 +1,65 @@
+"""Paged decode against its reference, interpreted; the whole pool compared. Tiles are small, so that rows have several."""
+
+from __future__ import annotations
+
+import pytest
+
+from pallas_kernels import tiles
+from pallas_kernels.paged_attention.ops import decode
+from pallas_kernels.pages import AttentionShape, PageGeometry
+from tests.pallas_kernels.decode_cases import DecodeCase, check_decode_case
+
+BLOCK = 16
+RAGGED = (0, -1, 1, 15, 16, 63, 64, 65, 200, -1, 131)
+"""Positions about the edges of blocks and tiles."""
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles of four blocks, or of fewer where pages are large."""
+    monkeypatch.setattr(tiles, "TILE_BYTES", 4 * BLOCK * 4 * 128 * 4)
+
+
+def shape_of(heads: tuple[int, int], dims: tuple[int, int], soft_cap: float | None = None) -> AttentionShape:
+    """Heads (query, kv) and dims (key, value)."""
+    return AttentionShape(PageGeometry(BLOCK, heads[1], *dims), heads[0], None, dims[0] ** -0.5, soft_cap)
+
+
+def test_ragged_rows() -> None:
+    case = DecodeCase(shape_of((4, 2), (128, 128)), RAGGED)
+    assert tiles.paged_tiles(case.shape, "float32").blocks == 4
+    check_decode_case(case, decode)
+
+
+def test_a_row_without_a_slot_sees_what_the_pool_holds() -> None:
+    check_decode_case(DecodeCase(shape_of((4, 2), (128, 128)), (7, 80, 64, 130), without_slot=(0, 1, 2)), decode)
+
+
+@pytest.mark.parametrize(
+    ("heads", "dims"),
+    [
+        ((32, 4), (64, 64)),
+        ((2, 2), (64, 64)),
+        ((16, 1), (128, 128)),
+        ((4, 1), (256, 256)),
+        ((8, 1), (512, 512)),
+        ((4, 2), (192, 128)),
+        ((4, 2), (96, 96)),
+    ],
+    ids=str,
+)
+def test_head_shapes_in_bfloat16_with_sinks(heads: tuple[int, int], dims: tuple[int, int]) -> None:
+    check_decode_case(DecodeCase(shape_of(heads, dims), (33, 2, -1, 150), "bfloat16", "bfloat16", sinks=True), decode)
+
+
+def test_soft_cap() -> None:
+    check_decode_case(DecodeCase(shape_of((4, 2), (128, 128), soft_cap=0.7), (3, 140)), decode)
+
+
+def test_tables_of_several_vectors() -> None:
+    shape = AttentionShape(PageGeometry(8, 1, 64, 64), 2, None, 0.1)
+    check_decode_case(DecodeCase(shape, (8 * 129 + 3, 5)), decode)
+
+
+def test_every_row_idle() -> None:
+    check_decode_case(DecodeCase(shape_of((4, 2), (128, 128)), (-1, -1)), decode)

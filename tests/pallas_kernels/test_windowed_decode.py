@@ -1,0 +1,75 @@
+"""Windowed decode against its reference, interpreted; the whole pool compared."""
+
+from __future__ import annotations
+
+import pytest
+
+from pallas_kernels import tiles
+from pallas_kernels.pages import AttentionShape, PageGeometry
+from pallas_kernels.windowed_attention.ops import decode
+from tests.pallas_kernels.decode_cases import DecodeCase, check_decode_case
+
+BLOCK = 16
+
+
+def shape_of(
+    heads: tuple[int, int], dims: tuple[int, int], window: int, soft_cap: float | None = None
+) -> AttentionShape:
+    """Heads (query, kv) and dims (key, value)."""
+    return AttentionShape(PageGeometry(BLOCK, heads[1], *dims), heads[0], window, dims[0] ** -0.5, soft_cap)
+
+
+def ragged(window: int) -> tuple[int, ...]:
+    """Positions about the window's and a block's edge, from the first token on, and two rows that do nothing."""
+    return (0, -1, 1, window - 1, window, 2 * window + 5, 3 * BLOCK - 1, 5 * BLOCK, -1, 7 * window + 2)
+
+
+@pytest.mark.parametrize("window", [64, 48, 32, BLOCK, BLOCK - 1, BLOCK + 1, 50, 1])
+def test_window_edges(window: int) -> None:
+    shape = shape_of((4, 2), (128, 128), window)
+    check_decode_case(DecodeCase(shape, ragged(window), without_slot=(5, 7)), decode)
+
+
+@pytest.mark.parametrize(
+    ("heads", "dims"),
+    [
+        ((32, 4), (64, 64)),
+        ((2, 2), (64, 64)),
+        ((16, 1), (128, 128)),
+        ((4, 1), (256, 256)),
+        ((2, 1), (512, 512)),
+        ((4, 2), (192, 128)),
+        ((4, 2), (96, 96)),
+        ((8, 2), (32, 32)),
+    ],
+    ids=str,
+)
+def test_head_shapes_in_bfloat16_with_sinks(heads: tuple[int, int], dims: tuple[int, int]) -> None:
+    shape = shape_of(heads, dims, 32)
+    case = DecodeCase(shape, (33, 2, 31, -1, 100), "bfloat16", "bfloat16", without_slot=(0,), sinks=True)
+    check_decode_case(case, decode)
+
+
+def test_soft_cap() -> None:
+    check_decode_case(DecodeCase(shape_of((4, 2), (128, 128), 32, soft_cap=0.7), (3, 40)), decode)
+
+
+def test_queries_wider_than_the_pool() -> None:
+    check_decode_case(DecodeCase(shape_of((4, 2), (128, 128), 32), (3, 40), dtype="bfloat16"), decode)
+
+
+def test_larger_row_tiles_than_one() -> None:
+    shape = AttentionShape(PageGeometry(64, 1, 128, 128), 4, 128, 0.1)
+    check_decode_case(DecodeCase(shape, (5, 63, 64, 130, 200), "bfloat16", "bfloat16"), decode)
+
+
+@pytest.mark.parametrize("window", [64, 50])
+def test_a_window_too_large_for_vector_memory_is_read_in_tiles(window: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiles, "POOL_BYTES", 2 * 32 * 2**10)
+    shape = shape_of((4, 2), (128, 128), window)
+    assert tiles.window_tiles(shape, "float32") is None
+    check_decode_case(DecodeCase(shape, ragged(window), without_slot=(5, 7)), decode)
+
+
+def test_every_row_idle() -> None:
+    check_decode_case(DecodeCase(shape_of((4, 2), (128, 128), 32), (-1, -1, -1)), decode)
