@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from hkv_jax.engine.commit import commit_step
 from hkv_jax.engine.admission import Admission
 from hkv_jax.engine.lanes import Lanes
-from hkv_jax.engine.plan import Chunk, DecodeRows, LaneTables, StepPlan
+from hkv_jax.engine.plan import BlockCopy, Chunk, DecodeRows, LaneTables, StepPlan
 from hkv_jax.engine.prefill import Prefill
 from hkv_jax.engine.prefix_stats import PrefixStats
 from hkv_jax.engine.request import NO_LANE, Request, Sequence, SequenceState
@@ -119,6 +119,8 @@ class Scheduler:
         self._prefilling: list[Sequence] = []  # running, with known tokens still to compute; oldest first
         self._ending: list[Sequence] = []  # the last plan draws their last token
         self._arrivals = itertools.count()
+        self._untold_copies: list[BlockCopy] = []  # blocks that moved, of which the device does not know
+        self._untold_lanes: set[int] = set()  # and lanes whose tables name them
         self._num_siblings = 0  # waiting to share their leader's prompt
 
     @property
@@ -178,9 +180,10 @@ class Scheduler:
         A plan must be built and dispatched before ``schedule`` is called again.
         """
         self._cache.prefixes.now = self._clock()
-        self._record_decodes()
         self._retire_ending()
         draft = _Draft(budget=self.config.max_num_batched_tokens)
+        self._gather(draft)
+        self._record_decodes()
         lanes = self._decodes_with_room(draft)
         draft.budget -= len(lanes)
         self._continue_prefills(draft)
@@ -201,6 +204,8 @@ class Scheduler:
                 self._release_lane(sequence, lost=True)
                 lost.append(sequence)
         self._ending.clear()
+        self._untold_copies.clear()
+        self._untold_lanes.clear()
         self._cache.reset()
         for sequence in lost:
             self._enqueue(sequence)
@@ -234,6 +239,15 @@ class Scheduler:
                 self._release_lane(sequence)
                 sequence.state = SequenceState.ENDING
         self._ending.clear()
+
+    def _gather(self, draft: _Draft) -> None:
+        """Lets the cache move blocks together; what no plan has told the device yet stays with the next one."""
+        copies, moved = self._cache.gather()
+        self._untold_copies += [BlockCopy(*copy) for copy in copies]
+        self._untold_lanes.update(moved)
+        for lane in sorted(self._untold_lanes):
+            if self.lanes.sequences[lane] is not None:
+                draft.table_rows.append(LaneTables(lane, self._cache.table_rows(lane)))
 
     def _decodes_with_room(self, draft: _Draft) -> NDArray[np.int32]:
         """The decoding lanes that have room for one more token, oldest served first where blocks lack."""
@@ -412,9 +426,9 @@ class Scheduler:
             self._advance_chunk(chunk)
         if not sequences and not chunks:
             return None
-        return StepPlan(
-            decode, chunks, tuple(draft.admitted), tuple(draft.forks), table_rows=tuple(draft.table_rows)
-        )
+        copies, self._untold_copies = tuple(self._untold_copies), []
+        self._untold_lanes.clear()
+        return StepPlan(decode, chunks, tuple(draft.admitted), tuple(draft.forks), copies, tuple(draft.table_rows))
 
     def _advance_decodes(self, lanes: NDArray[np.int32]) -> None:
         self.lanes.positions[lanes] += 1

@@ -95,13 +95,7 @@ class BlockPool:
             return None
         blocks = []
         for _ in range(count):
-            if self._blank:
-                block = self._blank.pop()
-            else:
-                block = self._loose.pop()
-                self._named[block] = 0
-                # May turn further loose blocks blank: what follows a forgotten block cannot be found any more.
-                self.on_forget(block)
+            block = self._take_free()
             self._references[block] = 1
             self._make_busy(block)
             self._make_held(block)
@@ -202,6 +196,48 @@ class BlockPool:
         self._slabs.remove(slab)
         return slab
 
+    def emptiest_slab(self) -> tuple[int, int] | None:
+        """The slab with fewest busy blocks, and how many those are; ``None`` for a pool without slabs."""
+        if not self._slabs:
+            return None
+        slab = min(self._slabs, key=lambda slab: (self._busy[slab], slab))
+        return slab, self._busy[slab]
+
+    def vacate(self, slab: int) -> list[tuple[int, int]]:
+        """Gives up ``slab``; its busy blocks get new ids elsewhere, for which there must be free blocks.
+
+        Returns (old id, new id) of each; references, keeps and names go along.
+        """
+        for block in self._blocks_of(slab):
+            if block in self._loose:
+                self._named[block] = 0
+                self._loose.remove(block)
+                self._blank.add(block)
+                self.on_forget(block)
+        busy = []
+        for block in self._blocks_of(slab):
+            if block in self._blank:
+                self._blank.remove(block)
+            else:
+                busy.append(block)
+        moves = []
+        for block in busy:
+            target = self._take_free()
+            self._references[target], self._keeps[target] = self._references[block], self._keeps[block]
+            self._named[target] = self._named[block]
+            self._references[block] = self._keeps[block] = self._named[block] = 0
+            self._make_busy(target)
+            target_slab = target // self.blocks_per_slab
+            if self._references[target]:
+                self._held[target_slab] += 1
+                self.num_held_slabs += self._held[target_slab] == 1
+            moves.append((block, target))
+        self.num_held_slabs -= self._held[slab] > 0
+        self._held[slab] = self._busy[slab] = 0
+        self._idle_slabs.discard(slab)
+        self._slabs.remove(slab)
+        return moves
+
     def check_invariants(self, held: Sequence[int] | None = None) -> None:
         """Asserts P1 and P3, and P2 against ``held``: every held block, once a holder."""
         owned = {block for slab in self._slabs for block in self._blocks_of(slab)}
@@ -228,6 +264,15 @@ class BlockPool:
 
     def _blocks_of(self, slab: int) -> range:
         return range(slab * self.blocks_per_slab, (slab + 1) * self.blocks_per_slab)
+
+    def _take_free(self) -> int:
+        if self._blank:
+            return self._blank.pop()
+        block = self._loose.pop()
+        self._named[block] = 0
+        # May turn further loose blocks blank: what follows a forgotten block cannot be found any more.
+        self.on_forget(block)
+        return block
 
     def _make_busy(self, block: int) -> None:
         slab = block // self.blocks_per_slab

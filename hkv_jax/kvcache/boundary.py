@@ -12,12 +12,16 @@ from hkv_jax.kvcache.group_cache import GroupCache
 from hkv_jax.kvcache.layout import KVLayout
 from hkv_jax.kvcache.slabs import SlabMap
 
+MAX_GATHERED_SLABS = 4
+"""Slabs emptied for one group before a step: copying is paid for by everybody."""
+
 
 class Boundary:
     """The slabs of every arena and who owns them. ``evict()`` gives up the least worthy cached blocks of all groups."""
 
     def __init__(self, layout: KVLayout, groups: list[GroupCache], evict: Callable[[], bool]) -> None:
         self.num_slabs_moved = 0
+        self._lacking: set[int] = set()  # groups that had to evict, or found nothing, since the last gathering
         self._layout, self._groups, self._evict = layout, groups, evict
         self._arenas = [group.arena for group in layout.groups]
         self._maps = [_slab_map(layout, arena) for arena in range(len(layout.arenas))]
@@ -27,9 +31,53 @@ class Boundary:
         for group, count in enumerate(needs):
             pool = self._groups[group].pool
             while pool.num_free < count:
-                if not self._take_idle_slab(group, needs) and not self._evict():
+                if self._take_idle_slab(group, needs):
+                    continue
+                self._lacking.add(group)
+                if not self._evict():
                     return False
         return True
+
+    def gather(self) -> list[tuple[int, int, int]]:
+        """Empties slabs of groups with room to spare for those that lacked memory since the last call.
+
+        Returns (group, old id, new id) of every block that moved; the pools have renamed them, nobody else has.
+        """
+        moves = []
+        lacking, self._lacking = self._lacking, set()
+        if self._layout.partition != "moving":
+            return []
+        for group in sorted(lacking):
+            for _ in range(MAX_GATHERED_SLABS):
+                if self._groups[group].pool.num_idle_slabs:
+                    break
+                giver = self._fragmented(group, lacking)
+                if giver is None:
+                    break
+                pool = self._groups[giver].pool
+                emptiest = pool.emptiest_slab()
+                assert emptiest is not None
+                moves += [(giver, *move) for move in pool.vacate(emptiest[0])]
+                self._hand_over(emptiest[0], giver, group)
+        return moves
+
+    def _fragmented(self, group: int, lacking: set[int]) -> int | None:
+        """A group whose free blocks would fill a slab and more, though every slab has a busy one."""
+        arena = self._arenas[group]
+        for other, cache in enumerate(self._groups):
+            pool = cache.pool
+            if other in lacking or self._arenas[other] != arena or not self._maps[arena].can_take(other):
+                continue
+            if pool.num_free >= pool.blocks_per_slab + pool.blocks_per_slab // 2 + 1:
+                return other
+        return None
+
+    def _hand_over(self, slab: int, giver: int, taker: int) -> None:
+        slabs = self._maps[self._arenas[giver]]
+        slabs.take(slab, giver)
+        slabs.give(slab, taker)
+        self._groups[taker].pool.add_slab(slab)
+        self.num_slabs_moved += 1
 
     def _take_idle_slab(self, group: int, needs: Sequence[int]) -> bool:
         """Moves a slab without a busy block to ``group`` from whoever has most of them and more than it needs."""
@@ -48,16 +96,13 @@ class Boundary:
         giver = max(givers, key=lambda other: self._groups[other].pool.num_idle_slabs)
         slab = self._groups[giver].pool.take_slab()
         assert slab is not None
-        slabs.take(slab, giver)
-        slabs.give(slab, group)
-        self._groups[group].pool.add_slab(slab)
-        self.num_slabs_moved += 1
+        self._hand_over(slab, giver, group)
         return True
 
     def could_hold(self, extra: Sequence[int]) -> bool:
         """Whether ``extra[group]`` more held blocks would fit if everything cached were evicted.
 
-        A slab with a held block stays its group's; all others can go to whoever needs them.
+        Held blocks can be gathered, so that only the slabs they fill are their group's.
         """
         needed = [0] * len(self._maps)
         for group, cache in enumerate(self._groups):
@@ -67,7 +112,7 @@ class Boundary:
                 if wanted > len(pool.slabs):
                     return False
                 continue
-            needed[self._arenas[group]] += max(cache.layout.reserve_slabs, pool.num_held_slabs, wanted)
+            needed[self._arenas[group]] += max(cache.layout.reserve_slabs, wanted)
         return all(count <= slabs.num_slabs for count, slabs in zip(needed, self._maps, strict=True))
 
     def check_invariants(self) -> None:

@@ -6,6 +6,8 @@ there is room (``CacheManager`` does, for all groups at once).
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -99,6 +101,20 @@ class GroupCache:
         table.cached_end = max(table.cached_end, (number + 1) * self.block_size)
         self._updates[lane * self.width + number % self.width] = self.layout.page(block)
         self._refresh_page(lane)
+
+    def rename(self, lanes: Iterable[int], moved: Mapping[int, int]) -> list[int]:
+        """Blocks have new ids, by their old ones; returns those of ``lanes`` whose tables changed.
+
+        The device is not told entry by entry: it takes whole rows before its next step.
+        """
+        changed = []
+        for lane in lanes:
+            ids = self.tables[lane].ids
+            if not moved.keys().isdisjoint(ids):
+                self.tables[lane].ids = [moved.get(block, block) for block in ids]
+                self._refresh_page(lane)
+                changed.append(lane)
+        return changed
 
     def check_return(self, lane: int, num_tokens: int) -> None:
         """Raises ``ValueError`` where the lane's first ``num_tokens`` tokens alone are no longer all here."""
@@ -198,9 +214,10 @@ class GroupCache:
         """The lane's table i32[table_width] once every update is applied; 0 where it holds no block."""
         table = self.tables[lane]
         row = np.zeros(self.width, np.int32)
-        for index, block in enumerate(table.ids):
-            if block != HOLE:
-                row[(table.first_block + index) % self.width] = self.layout.page(block)
+        ids = np.array(table.ids[-self.width :], np.int64)
+        columns = (table.first_block + len(table.ids) - len(ids) + np.arange(len(ids))) % self.width
+        live = ids != HOLE
+        row[columns[live]] = self.layout.pages(ids[live])
         return row
 
     def check_invariants(self, open_lanes: list[int]) -> None:

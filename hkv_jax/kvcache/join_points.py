@@ -13,7 +13,7 @@ import dataclasses
 import enum
 import heapq
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Protocol
 
 from hkv_jax.kvcache.group_cache import GroupCache
@@ -144,6 +144,7 @@ class JoinPoints:
         """A request starts at ``join``."""
         if join.kind is JoinKind.RUNNING:
             join.kind = join.origin = JoinKind.TURN
+            self._order.note_made(JoinKind.TURN, 0)
         self._order.note_used(join.origin, join.num_hits)
         join.num_hits += 1
         self._order.note_made(join.origin, join.num_hits)
@@ -162,6 +163,13 @@ class JoinPoints:
         """Gives a join point up, whatever it is worth."""
         if join.alive:
             self._bury(join)
+
+    def rename(self, group: int, moved: Mapping[int, int]) -> None:
+        """Blocks of a sliding group have new ids, by their old ones."""
+        place = self._tree.sliding.index(group)
+        for join in self.living:
+            if join.blocks:
+                join.blocks[place] = [moved.get(block, block) for block in join.blocks[place]]
 
     def push(self, join: JoinPoint) -> None:
         """Notes that what ``join`` is worth may have changed, or that its blocks may have come free."""
@@ -302,7 +310,7 @@ class JoinPoints:
         join.node.join = join
         self._tree.on_change(join.node)
         self.living.add(join)
-        if join.kind is not JoinKind.REST:
+        if join.kind not in (JoinKind.REST, JoinKind.RUNNING):
             self._order.note_made(join.kind, 0)
         self.push(join)
         return join

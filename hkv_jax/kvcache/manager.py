@@ -89,12 +89,34 @@ class CacheManager:
         self.prefixes = PrefixCache(self._groups, layout.largest_block_size, self.policy)
         self._boundary = Boundary(layout, self._groups, self.prefixes.joins.evict)
         self._open = [False] * num_lanes
+        self.copied_bytes = 0
         self.watermarks = np.zeros(num_lanes, np.int64)
 
     @property
     def num_slabs_moved(self) -> int:
         """Slabs that changed hands since start."""
         return self._boundary.num_slabs_moved
+
+    def gather(self) -> tuple[list[tuple[int, int, int]], list[int]]:
+        """Makes room where the last plan lacked it by moving blocks together; before anything else of a plan.
+
+        Returns (group, source page, target page) of the blocks the device must copy, pages of layer 0, and the lanes
+        whose ``table_rows`` it must take before its step.
+        """
+        moves = self._boundary.gather()
+        if not moves:
+            return [], []
+        lanes: set[int] = set()
+        copies = []
+        open_lanes = [lane for lane, is_open in enumerate(self._open) if is_open]
+        for index, group in enumerate(self._groups):
+            moved = {source: target for number, source, target in moves if number == index}
+            if moved:
+                self.prefixes.rename(index, moved)
+                lanes.update(group.rename(open_lanes, moved))
+                copies += [(index, group.layout.page(a), group.layout.page(b)) for a, b in moved.items()]
+                self.copied_bytes += len(moved) * group.layout.format.block_bytes
+        return copies, sorted(lanes)
 
     def open(self, lane: int, path: PrefixPath | None = None, use: PrefixUse = NO_PREFIX) -> bool:
         """Takes an unused lane, and for it the cached blocks that ``use`` of ``path`` says.

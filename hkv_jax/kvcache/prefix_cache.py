@@ -7,6 +7,7 @@ Owns: for each lane how far its prefix is in the tree and what it left there. Mu
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 from hkv_jax.kvcache.block_table import HOLE
 from hkv_jax.kvcache.group_cache import GroupCache
@@ -180,6 +181,13 @@ class PrefixCache:
         for join in list(self.joins.living):
             self.joins.remove(join)
         self.tree.clear()
+
+    def rename(self, group: int, moved: Mapping[int, int]) -> None:
+        """Blocks of a group have new ids, by their old ones."""
+        for source, target in moved.items():
+            self.tree.rename(group, source, target)
+        if group in self.tree.sliding:
+            self.joins.rename(group, moved)
 
     def check_invariants(self) -> None:
         """Asserts X1-X3 and J1."""
