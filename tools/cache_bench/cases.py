@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from hkv_jax.config import EngineConfig
+from hkv_jax.errors import ConfigError
 from tools.cache_simulation.generators import GENERATORS
 from tools.cache_simulation.model_geometry import ModelGeometry, read_geometry
 from tools.cache_simulation.simulation import Simulation
@@ -88,9 +89,11 @@ class Run:
 
     def simulation(self) -> Simulation:
         """The run as a simulation."""
+        # Without windows a sequence takes so much that only what the trace has can be asked for.
+        longest = max(one.prompt_len + one.output_len for one in self.case.requests())
         config = EngineConfig(
             kv_cache_memory=self.case.kv_cache_memory,
-            max_model_len=self.case.max_model_len,
+            max_model_len=longest if self.policy == "all-global" else self.case.max_model_len,
             max_num_seqs=MAX_NUM_SEQS,
             max_num_batched_tokens=MAX_NUM_BATCHED_TOKENS,
             kv_partition=self.partition,
@@ -99,9 +102,13 @@ class Run:
         return Simulation(self.case.requests(), self.case.geometry(), config, self.policy, self.share)
 
 
-def measure(run: Run) -> Result:
-    """The result of a run."""
-    return run.simulation().run().to_json()
+def measure(run: Run) -> Result | None:
+    """The result of a run; ``None`` where the memory does not hold the longest request."""
+    try:
+        replay = run.simulation().replay()
+    except ConfigError:
+        return None
+    return replay.run().to_json()
 
 
 @functools.lru_cache(maxsize=4)

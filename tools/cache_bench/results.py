@@ -22,13 +22,21 @@ class RunFailedError(Exception):
 class Results:
     """What runs measured; one that is asked for again is not made again."""
 
-    def __init__(self, jobs: int, tell: Callable[[str], None], measure_one: Callable[[Run], Result] = measure) -> None:
+    def __init__(
+        self, jobs: int, tell: Callable[[str], None], measure_one: Callable[[Run], Result | None] = measure
+    ) -> None:
         """``jobs`` processes; each finished run is told."""
         self._jobs, self._tell, self._measure = jobs, tell, measure_one
-        self._known: dict[Run, Result] = {}
+        self._known: dict[Run, Result | None] = {}
 
     def __getitem__(self, run: Run) -> Result:
-        """The result of a run that was made."""
+        """The result of a run that was made, and could be."""
+        result = self._known[run]
+        assert result is not None, f"{run}: too little memory"
+        return result
+
+    def get(self, run: Run) -> Result | None:
+        """The result of a run that was made; ``None`` where memory does not hold the longest request."""
         return self._known[run]
 
     def make(self, runs: Iterable[Run]) -> None:

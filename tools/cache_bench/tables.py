@@ -47,7 +47,7 @@ def goal_table(results: Results, ours_only: bool = False) -> str:
     rows = [head]
     for goal in GOALS:
         ours = Figures.of(results[Run(goal.case)])
-        cells = [_triple(Figures.of(results[make(goal.case)])) for make in makers.values()]
+        cells = [_triple_of(results.get(make(goal.case))) for make in makers.values()]
         preempted = str(results[Run(goal.case)]["preemptions"])
         missed = "; ".join(goal.missed(ours))
         rows.append([_name(goal.case), _triple(vllm_figures()[goal.case]), _goal(goal), *cells, preempted, missed])
@@ -148,6 +148,10 @@ def _triple(figures: Figures) -> str:
     """Hit; TTFT p50 / p99 / mean; virtual seconds."""
     seconds = [figures.p50, figures.p99, *([] if figures.mean is None else [figures.mean])]
     return f"{figures.hit:.3f}; {' / '.join(map(_seconds, seconds))}; {figures.virtual_s:.0f}"
+
+
+def _triple_of(result: Result | None) -> str:
+    return "holds no such request" if result is None else _triple(Figures.of(result))
 
 
 def _pair(result: Result) -> str:

@@ -118,8 +118,8 @@ def alternating(seed: int, rounds: int = 3, seconds: float = 200.0) -> list[Trac
     A cache has to give memory back and forth: chats want many short windows, documents want long prefixes.
     """
     half = seconds / 2
-    talk = chat(seed, conversations=rounds * 120, seconds=rounds * 40.0)
-    questions = documents(seed, questions=rounds * 90, seconds=rounds * half)
+    talk = chat(seed, conversations=rounds * 80, seconds=rounds * 40.0)
+    questions = documents(seed, questions=rounds * 60, seconds=rounds * half)
     # Chats that begin in 40 s go on for about as long as the half has.
     moved = [dataclasses.replace(one, arrival=_spread(one.arrival, 40.0, seconds)) for one in talk]
     moved += [dataclasses.replace(one, arrival=_spread(one.arrival, half, seconds) + half) for one in questions]

@@ -27,7 +27,7 @@ def result(hit: float = 0.5, p50: float = 1.0, p99: float = 2.0, mean: float = 1
 class GivenResults(Results):
     """Results of a function of the run; ``made`` are the runs it was asked for, in order."""
 
-    def __init__(self, of: Callable[[Run], Result]) -> None:
+    def __init__(self, of: Callable[[Run], Result | None]) -> None:
         super().__init__(jobs=1, tell=lambda line: None)
         self._of = of
         self.made: list[Run] = []

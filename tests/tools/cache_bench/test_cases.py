@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from hkv_jax.spec import LayerKind
-from tools.cache_bench.cases import Case, Run
+from tools.cache_bench.cases import Case, Run, measure
 from tools.cache_simulation.generators import GENERATORS
 
 
@@ -31,3 +31,13 @@ def test_a_share_splits_the_memory() -> None:
     layout = Run(Case("docqa", "gemma3-27b", 12), partition="static", share=0.5).simulation().replay().cache.layout
     bytes_of = {group.spec.kind: group.num_bytes for group in layout.groups}
     assert bytes_of[LayerKind.GLOBAL] == pytest.approx(6 * 2**30, rel=0.01)
+
+
+def test_a_cache_without_windows_is_asked_for_no_more_than_the_trace_has() -> None:
+    run = Run(Case("docqa", "gemma3-27b", 30), "all-global")
+    longest = max(one.prompt_len + one.output_len for one in run.case.requests())
+    assert run.simulation().replay().cache.layout.max_model_len == longest < 65_536
+
+
+def test_memory_that_holds_no_such_request_gives_no_result() -> None:
+    assert measure(Run(Case("docqa", "gemma3-27b", 12), "all-global")) is None

@@ -35,6 +35,11 @@ def test_goals_stand_beside_vllm_and_simpler_caches() -> None:
     assert others[-1][2] == "≤ 1.01 × vLLM's time"
 
 
+def test_a_cache_too_small_for_the_trace_says_so() -> None:
+    rows = cells(tables.goal_table(GivenResults(lambda run: None if run.policy == "all-global" else result())))
+    assert {row[5] for row in rows[1:]} == {"holds no such request"}
+
+
 def test_our_own_figures_alone_take_a_run_a_goal() -> None:
     results = GivenResults(lambda run: result(hit=0.1))
     rows = cells(tables.goal_table(results, ours_only=True))
