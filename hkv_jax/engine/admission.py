@@ -12,6 +12,7 @@ step, so that a step costs the same however many wait.
 from __future__ import annotations
 
 import collections
+import itertools
 from collections.abc import Iterator
 
 from hkv_jax.engine.request import Sequence
@@ -26,6 +27,9 @@ RESIDENT_SHARE = 0.5
 """A sequence at least so much of which is cached goes before others."""
 
 REVISIONS_A_STEP = 8
+
+SEQUENCES_LOOKED_AT = 16
+"""Resident sequences looked through for one that fits beside the first."""
 
 
 class Admission:
@@ -88,6 +92,15 @@ class Admission:
                 return sequence, use
             self._leave(sequence)
             queue.insert(sequence)
+        return None
+
+    def next_beside(self, head: Sequence) -> tuple[Sequence, PrefixUse] | None:
+        """The oldest sequence whose cached prefix runs right now, while there is no room for ``head``."""
+        if self._prefixes.now - head.prefill.queued_at > self._max_bypass_seconds:
+            return None
+        for sequence in itertools.islice(self._resident, SEQUENCES_LOOKED_AT):
+            if sequence is not head and self._prefixes.is_running(sequence.prefill.path):
+                return sequence, self._current(sequence)
         return None
 
     def revised(self, sequence: Sequence) -> PrefixUse:

@@ -275,9 +275,17 @@ class Scheduler:
                 self._add_chunk(sequence, end, draft)
 
     def _admit(self, draft: _Draft) -> None:
-        """Gives lanes to waiting sequences while there are lanes, blocks and budget; who does not fit holds up all."""
+        """Gives lanes to waiting sequences while there are lanes, blocks and budget.
+
+        Who does not fit holds up all but those whose prefix is held by running sequences: they take next to nothing.
+        """
         while len(self._waiting) and self.lanes.num_free and draft.budget > 0:
             candidate = self._waiting.next()
+            if candidate is None or candidate[0].in_flight:
+                return
+            if self._admit_one(*candidate, draft):
+                continue
+            candidate = self._waiting.next_beside(candidate[0])
             if candidate is None or candidate[0].in_flight or not self._admit_one(*candidate, draft):
                 return
 

@@ -68,6 +68,10 @@ class PrefixCache:
         join = self._node_at(path, use.start).join
         return None if join is None or join.kind is JoinKind.REST else join
 
+    def is_running(self, path: PrefixPath) -> bool:
+        """Whether running sequences hold the whole of a path's prefix."""
+        return bool(path.nodes) and path.nodes[-1].alive and not self.tree.is_idle(path.nodes[-1])
+
     def await_join(self, join: JoinPoint, change: int) -> None:
         """One sequence more (or less) waits to start from ``join``."""
         join.num_waiting += change
