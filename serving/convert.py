@@ -163,6 +163,7 @@ def info_to_wire(info: ServerInfo) -> pb.GetServerInfoResponse:
             pools=[pb.KVPool(**dataclasses.asdict(pool)) for pool in info.pools],
             all_global_peak_bytes=info.all_global_peak_bytes,
             slabs_moved=info.slabs_moved,
+            copied_bytes=info.copied_bytes,
         ),
         prefix_cache=pb.PrefixCacheInfo(
             hits=pb.PrefixHitCounts(**{str(hit): count for hit, count in info.prefix.hits.items()}),
@@ -184,6 +185,7 @@ def info_from_wire(message: pb.GetServerInfoResponse) -> ServerInfo:
             **{name: getattr(prefix, name) for name in _PREFIX_SCALARS},
         ),
         slabs_moved=cache.slabs_moved,
+        copied_bytes=cache.copied_bytes,
         **{name: getattr(message, name) for name in _INFO_SCALARS},
     )
 

@@ -46,7 +46,8 @@ class PoolInfo:
 class ServerInfo:
     """What is served, within which limits (tokens, ids, sequences), and what the KV cache holds and has saved.
 
-    ``slabs_moved`` counts how often a part of the memory went from one pool to another.
+    ``slabs_moved`` counts how often a part of the memory went from one pool to another, ``copied_bytes`` what that made
+    one device copy.
     """
 
     version: str
@@ -60,6 +61,7 @@ class ServerInfo:
     all_global_peak_bytes: int | None
     prefix: PrefixStats
     slabs_moved: int
+    copied_bytes: int
 
 
 def all_global_peak_bytes(pools: Sequence[PoolInfo]) -> int | None:
@@ -91,4 +93,5 @@ def server_info(model: str, loop: EngineLoop) -> ServerInfo:
         all_global_peak_bytes=all_global_peak_bytes(pools),
         prefix=stats.prefix,
         slabs_moved=stats.num_slabs_moved,
+        copied_bytes=stats.copied_bytes,
     )

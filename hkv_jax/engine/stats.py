@@ -28,6 +28,7 @@ class EngineStats:
         pools: blocks of each attention group.
         prefix: what the prefix cache has saved.
         num_slabs_moved: times a part of the memory went from one pool to another.
+        copied_bytes: bytes that one device copied for that, since blocks of the other pool lay there.
     """
 
     num_running: int = 0
@@ -41,6 +42,7 @@ class EngineStats:
     pools: tuple[PoolStats, ...] = ()
     prefix: PrefixStats = dataclasses.field(default_factory=PrefixStats)
     num_slabs_moved: int = 0
+    copied_bytes: int = 0
 
     @classmethod
     def of(cls, engine: Engine) -> EngineStats:
@@ -66,4 +68,5 @@ class EngineStats:
             pools=engine.cache.stats(),
             prefix=engine.scheduler.prefix_stats,
             num_slabs_moved=engine.cache.num_slabs_moved,
+            copied_bytes=engine.cache.copied_bytes,
         )

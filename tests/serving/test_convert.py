@@ -93,7 +93,7 @@ def test_server_info() -> None:
     hits = {hit: count for count, hit in enumerate(PrefixHit)}
     prefix = PrefixStats(hits, 700, 400, 50, 300, 20, 6)
     for all_global in (None, 0, 2**40):
-        info = ServerInfo("0.1", "m", 100, 1000, 8, 1, 2, pools, all_global, prefix, 11)
+        info = ServerInfo("0.1", "m", 100, 1000, 8, 1, 2, pools, all_global, prefix, 11, 2**41)
         assert convert.info_from_wire(convert.info_to_wire(info)) == info
 
 
