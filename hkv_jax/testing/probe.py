@@ -27,12 +27,15 @@ from hkv_jax.engine.request import Request
 from hkv_jax.engine.runner import Runner, StepHandle
 from hkv_jax.engine.scheduler import SchedulerConfig
 from hkv_jax.engine.step import StepOutputs, StepProgram
+from hkv_jax.engine.token_event import TokenEvent
 from hkv_jax.families import TensorNames, read_model_spec
 from hkv_jax.kvcache.format import PageLayout
 from hkv_jax.kvcache.layout import KVLayout, LayoutRequest, plan_layout
+from hkv_jax.kvcache.prefix_match import PrefixUse
 from hkv_jax.model.checkpoint import Checkpoint
 from hkv_jax.model.parameters import load_parameters
 from hkv_jax.model.transformer import ModelParameters
+from hkv_jax.outputs import TokenLogprob
 from hkv_jax.sampling_params import SamplingParams
 from hkv_jax.sharding import make_mesh
 from hkv_jax.spec import ModelSpec
@@ -46,10 +49,13 @@ class ProbeOptions:
     """What decides the programs of a probe; hashable, so that probes of equal options share them.
 
     ``spec_changes`` are (field, value) pairs put into the ``ModelSpec``: damage, to see a test fail.
+    ``sliding_block_size`` is that of sliding groups, where it differs; ``budget_bytes`` is the KV cache of one device.
     """
 
     folder: Path
     block_size: int = 16
+    sliding_block_size: int | None = None
+    budget_bytes: int = BUDGET_BYTES
     tensor_parallel: int = 1
     partition: str = "moving"
     page_layout: PageLayout = PageLayout.ROWS
@@ -108,7 +114,11 @@ class _ProbeRunner(Runner):
 
 
 class Probe:
-    """A small engine over a checkpoint, in float32, run to the end of its requests."""
+    """A small engine over a checkpoint, in float32, run to the end of its requests.
+
+    What one call of ``generate`` leaves in the cache the next one may find. By request id, ``prefix_uses`` says what it
+    found, ``prompt_logprobs`` those that were asked for.
+    """
 
     def __init__(self, options: ProbeOptions, max_prefill_chunk: int, crowded: bool = False) -> None:
         """Loads and compiles, or takes what a probe of equal ``options`` has compiled.
@@ -132,6 +142,8 @@ class Probe:
         )
         self._engine = Engine.over(layout, config, self._runner)
         self.scheduler, self.cache = self._engine.scheduler, self._engine.cache
+        self.prefix_uses: dict[str, PrefixUse] = {}
+        self.prompt_logprobs: dict[str, tuple[TokenLogprob, ...]] = {}
 
     def generate(self, prompts: Mapping[str, list[int]], params: SamplingParams) -> dict[str, list[int]]:
         """Runs requests by id, in the order given, and returns their tokens.
@@ -143,13 +155,31 @@ class Probe:
             self._engine.add(Request.create(name, prompt, params))
         while self._engine.has_work:
             for event in self._engine.step():
-                outputs[event.sequence.request.request_id].append(event.token_id)
+                self._take(event, outputs[event.sequence.request.request_id])
             self.cache.check_invariants()
         return outputs
 
-    def logits(self, name: str, num_tokens: int) -> NDArray[np.float32]:
-        """f32[num_tokens, V] of the first tokens of a request, as last computed."""
-        return np.stack([self._runner.logits[name, position] for position in range(num_tokens)])
+    def _take(self, event: TokenEvent, outputs: list[int]) -> None:
+        sequence = event.sequence
+        name = sequence.request.request_id
+        if not outputs and sequence.first_prefix is not None:
+            self.prefix_uses[name] = sequence.first_prefix
+        if event.prompt_logprobs is not None:
+            self.prompt_logprobs[name] = event.prompt_logprobs
+        outputs.append(event.token_id)
+
+    def logits(self, name: str, num_tokens: int, first: int = 0) -> NDArray[np.float32]:
+        """f32[num_tokens - first, V] of the tokens of a request from position ``first`` on, as last computed."""
+        return np.stack([self._runner.logits[name, position] for position in range(first, num_tokens)])
+
+    def keys_values(self, group: int, block: int) -> NDArray[np.float32]:
+        """f32[layers, 2, P, K * D]: what a block of a group holds now, in pages of rows on one device."""
+        layout = self.cache.layout.groups[group]
+        fmt = layout.format
+        assert fmt.layout is PageLayout.ROWS, "pages of planes are not read here"
+        pages = np.asarray(self._runner._state.arenas[layout.arena]).reshape(-1, fmt.page_elements)
+        first = layout.page(block)
+        return pages[first : first + fmt.num_layers].reshape(-1, 2, fmt.block_size, fmt.row_elements)
 
 
 def _least_slabs(layout: KVLayout) -> KVLayout:
@@ -188,13 +218,14 @@ class _TwoBuckets(Buckets):
 
 def _layout_request(options: ProbeOptions, spec: ModelSpec) -> LayoutRequest:
     groups = spec.kv_groups()
+    sliding = options.sliding_block_size or options.block_size
     return LayoutRequest(
         groups=groups,
-        budget_bytes=BUDGET_BYTES,
+        budget_bytes=options.budget_bytes,
         max_model_len=options.max_model_len,
         config_max_len=spec.max_position,
         expected_average_seq_length=None,
-        block_sizes={group.name: options.block_size for group in groups},
+        block_sizes={group.name: sliding if group.window else options.block_size for group in groups},
         partition=options.partition,
         page_layout=options.page_layout,
         itemsize=4,
