@@ -15,6 +15,7 @@ OUTPUT_PREFIX = "out:"
 """A segment of this name and a request's id is that request's output."""
 
 FIELDS = ("id", "arrival", "after", "think", "segments", "prompt_len", "output_len")
+OPTIONAL = ("after", "think")
 MAX_TOKENS = 2**31 - 1
 
 
@@ -99,19 +100,19 @@ def _parse_line(line: str, here: str) -> TraceRequest:
         raise TraceError(f"{here}: not valid JSON ({error})") from error
     if not isinstance(values, dict):
         raise TraceError(f"{here}: must be one JSON object, is a {type(values).__name__}")
-    missing = [name for name in FIELDS if name not in values]
+    missing = [name for name in FIELDS if name not in values and name not in OPTIONAL]
     unknown = [name for name in values if name not in FIELDS]
     if missing or unknown:
         raise TraceError(
             f"{here}: {'lacks' if missing else 'has an unknown'} field {(missing or unknown)[0]!r}; "
             f"fields are {', '.join(FIELDS)}"
         )
-    after = values["after"]
+    after, think = values.get("after"), values.get("think")
     request = TraceRequest(
         request_id=_text(values, "id", here),
         arrival=_seconds(values, "arrival", here),
         after=None if after is None else _text(values, "after", here),
-        think=_seconds(values, "think", here),
+        think=0.0 if think is None else _seconds(values, "think", here),
         segments=_segments(values["segments"], here),
         output_len=_count(values["output_len"], "output_len", here),
     )
@@ -134,9 +135,9 @@ def _seconds(values: Mapping[str, object], name: str, here: str) -> float:
     return float(value)
 
 
-def _count(value: object, name: str, here: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_TOKENS:
-        raise TraceError(f"{here}: {name} is {value!r}; accepted: an integer from 1 to {MAX_TOKENS}")
+def _count(value: object, name: str, here: str, least: int = 1) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= MAX_TOKENS:
+        raise TraceError(f"{here}: {name} is {value!r}; accepted: an integer from {least} to {MAX_TOKENS}")
     return value
 
 
@@ -147,7 +148,7 @@ def _segments(value: object, here: str) -> tuple[tuple[str, int], ...]:
     for one in value:
         if not isinstance(one, list) or len(one) != 2 or not isinstance(one[0], str):
             raise TraceError(f"{here}: segments holds {one!r}; accepted: [segment id, tokens]")
-        segments.append((one[0], _count(one[1], f"the length of segment {one[0]!r}", here)))
+        segments.append((one[0], _count(one[1], f"the length of segment {one[0]!r}", here, least=0)))
     return tuple(segments)
 
 

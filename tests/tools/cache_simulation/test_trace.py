@@ -37,6 +37,11 @@ def test_what_is_written_is_read_again() -> None:
     assert parse_trace([first.to_json(), second.to_json()], "t") == [first, second]
 
 
+def test_a_request_may_follow_nobody_and_have_empty_segments() -> None:
+    (request,) = parse_trace([line(after=..., think=None, segments=[["a", 5], ["b", 0]])], "t")
+    assert (request.after, request.think, request.prompt_len) == (None, 0.0, 5)
+
+
 def test_empty_lines_are_passed_over_and_counted() -> None:
     with pytest.raises(TraceError, match=r"^t:3: "):
         parse_trace([line(), "", "{"], "t")
@@ -47,7 +52,7 @@ def test_empty_lines_are_passed_over_and_counted() -> None:
     [
         ("[]", "t:1: must be one JSON object, is a list"),
         ("nonsense", "t:1: not valid JSON"),
-        (line(think=...), "t:1: lacks field 'think'"),
+        (line(arrival=...), "t:1: lacks field 'arrival'"),
         (line(priority=1), "t:1: has an unknown field 'priority'"),
         (line(id=""), "t:1: id is ''"),
         (line(id=7), "t:1: id is 7"),
@@ -57,7 +62,8 @@ def test_empty_lines_are_passed_over_and_counted() -> None:
         (line(output_len=0), "t:1: output_len is 0"),
         (line(segments=[]), "t:1: segments is []"),
         (line(segments=[["a"]]), "t:1: segments holds ['a']"),
-        (line(segments=[["a", 0]]), "t:1: the length of segment 'a' is 0"),
+        (line(segments=[["a", -1]]), "t:1: the length of segment 'a' is -1"),
+        (line(segments=[["a", 0]], prompt_len=0), "t:1: prompt_len is 0"),
         (line(prompt_len=6), "t:1: prompt_len is 6, but its segments have 5"),
         (line(after="b"), "t:1: after is 'b', which no line has as its id"),
     ],
