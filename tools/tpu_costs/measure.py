@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from tools.tpu_costs.cases import Case
 from tools.tpu_costs.kernels import KERNELS
@@ -45,31 +46,38 @@ def compile_environment(dump: Path | None = None) -> dict[str, str]:
 
 
 def measure(case: Case) -> Cost | DoesNotCompile:
-    """Compiles a case and models its cost.
+    """Compiles a case, once for its schedule and once to time it without the writing of dumps, and models its cost.
 
     Raises:
         RuntimeError: the compiling process died.
     """
     with tempfile.TemporaryDirectory(prefix="tpu-cost-") as folder:
-        command = [sys.executable, "-m", "tools.tpu_costs.compile_case", case.to_json()]
         try:
-            run = subprocess.run(
-                command,
-                cwd=ROOT,
-                env=compile_environment(Path(folder)),
-                capture_output=True,
-                text=True,
-                timeout=COMPILE_LIMIT_SECONDS,
-                check=False,
-            )
+            result = _compile(case, Path(folder))
+            seconds = result if "error" in result else _compile(case, None)
         except subprocess.TimeoutExpired:
             return DoesNotCompile(case, f"took more than {COMPILE_LIMIT_SECONDS} s to compile")
-        if run.returncode:
-            raise RuntimeError(f"{case.kernel} on {case.topology}: the compiler died\n{run.stderr[-2000:]}")
-        result = json.loads(run.stdout.splitlines()[-1])
         if "error" in result:
             return DoesNotCompile(case, result["error"])
         kernel = KERNELS[case.kernel]
         schedule = read_kernel(Path(folder), kernel.program)
-        compiled = Compiled(result["compile_seconds"], result["alias_bytes"], result["temp_bytes"])
+        compiled = Compiled(seconds["compile_seconds"], result["alias_bytes"], result["temp_bytes"])
         return Cost(case, schedule, compiled, kernel.work(case, schedule))
+
+
+def _compile(case: Case, dump: Path | None) -> dict[str, Any]:
+    command = [sys.executable, "-m", "tools.tpu_costs.compile_case", case.to_json()]
+    environment = compile_environment(dump)
+    run = subprocess.run(
+        command,
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=COMPILE_LIMIT_SECONDS,
+        check=False,
+    )
+    if run.returncode:
+        raise RuntimeError(f"{case.kernel} on {case.topology}: the compiler died\n{run.stderr[-2000:]}")
+    answer: dict[str, Any] = json.loads(run.stdout.splitlines()[-1])
+    return answer

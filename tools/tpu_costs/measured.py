@@ -41,7 +41,7 @@ class Work:
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """What a compilation gave besides its schedule."""
+    """What a compilation gave besides its schedule; seconds are the processor's, dumps not counted."""
 
     compile_seconds: float
     alias_bytes: int

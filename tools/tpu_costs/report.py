@@ -35,7 +35,7 @@ def describe(cost: Cost | DoesNotCompile) -> str:
     lines = [
         f"{case.kernel} on {case.topology}: {case.geometry}, blocks of {case.block_size},",
         f"  {case.batch} sequences with {case.context} tokens before, {case.chunk} new ones each",
-        f"READ   compiled in {cost.compiled.compile_seconds:.2f} s; {memory}",
+        f"READ   compiled in {cost.compiled.compile_seconds:.2f} s of processor time; {memory}",
         f"READ   aliased {cost.compiled.alias_bytes} bytes, temporary {cost.compiled.temp_bytes}",
         *_loops(cost, cost.schedule.code),
         f"READ   hot loop ({work.hot.bundles} bundles): {_units(cost.hot_utilisation)}",

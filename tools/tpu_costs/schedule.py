@@ -155,9 +155,14 @@ def _enter_loops(open_loops: list[Loop], bundle: int, begins: bool, depth: int, 
         return
     while open_loops[-1].depth > depth or (begins and open_loops[-1].depth == depth):
         open_loops.pop().end = bundle
-    if depth > open_loops[-1].depth:
+    while depth > open_loops[-1].depth:
+        parent = open_loops[-1]
+        if not begins and parent.loops:
+            # The branch back is marked as outside; what runs in its delay slots is inside again.
+            open_loops.append(parent.loops[-1])
+            continue
         loop = Loop(bundle, bundle, depth)
-        open_loops[-1].loops.append(loop)
+        parent.loops.append(loop)
         open_loops.append(loop)
 
 
