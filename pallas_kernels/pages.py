@@ -137,9 +137,9 @@ def token_planes(keys: jax.Array, values: jax.Array, pages: PageGeometry) -> jax
     return jnp.concatenate(padded, axis=-1).reshape(tokens, pages.num_planes, LANES)
 
 
-def by_token(values: jax.Array, lanes: int) -> jax.Array:
-    """[T, H, D] as [T, H · lanes], each head padded with zeros."""
-    padded = jnp.pad(values, ((0, 0), (0, 0), (0, lanes - values.shape[-1])))
+def by_token(values: jax.Array, lanes: int, first_lane: int = 0) -> jax.Array:
+    """[T, H, D] as [T, H · lanes], each head from its ``first_lane`` on, zeros around."""
+    padded = jnp.pad(values, ((0, 0), (0, 0), (first_lane, lanes - first_lane - values.shape[-1])))
     return padded.reshape(values.shape[0], -1)
 
 

@@ -15,7 +15,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.pages import LANES, AttentionShape
+from pallas_kernels.pages import AttentionShape
+from pallas_kernels.rows import in_vectors
 
 VISIT_FIELDS = 6
 """row · tile · first token of the row · end of its tokens · position of its first token · context start."""
@@ -73,8 +74,7 @@ def prefill_rows(
     of_rows = tables.at[tokens.lanes].get(mode="clip")
     width = tables.shape[1]
     if shape.window is None:
-        padded = jnp.pad(of_rows, ((0, 0), (0, -width % LANES)))
-        return PrefillRows(visits, num_visits, padded.reshape(of_rows.shape[0], -1, LANES))
+        return PrefillRows(visits, num_visits, in_vectors(of_rows))
     first = jnp.maximum(tokens.start_positions - (shape.window - 1), tokens.context_starts) // shape.pages.block_size
     columns = (first[:, None] + jnp.arange(width, dtype=jnp.int32)) % width
     return PrefillRows(visits, num_visits, jnp.take_along_axis(of_rows, columns, axis=1))

@@ -73,7 +73,8 @@ def run(tile: PrefillTile, inputs: PrefillInputs, interpret: bool | pltpu.Interp
     shape, pages = tile.shape, tile.shape.pages
     own = own_rows(inputs.keys, inputs.values, pages)[0] if tile.reads_own else []
     queries = by_token(inputs.queries, tile.query_lanes)
-    outputs = by_token(inputs.outputs, tile.output_lanes)
+    first_lane = 0 if tile.packed else pages.value_lane
+    outputs = by_token(inputs.outputs, tile.output_lanes, first_lane)
     tables = [] if tile.reads_own else [inputs.rows.tables]
     sinks = [] if inputs.sinks is None else [inputs.sinks.astype(jnp.float32)]
     in_hbm = pl.BlockSpec(memory_space=pltpu.HBM)
@@ -108,8 +109,7 @@ def run(tile: PrefillTile, inputs: PrefillInputs, interpret: bool | pltpu.Interp
         outputs,
     )
     by_head = result.reshape(tile.num_tokens, shape.num_heads, tile.output_lanes)
-    begin = 0 if tile.packed else pages.value_lane
-    return by_head[..., begin : begin + pages.value_dim]
+    return by_head[..., first_lane : first_lane + pages.value_dim]
 
 
 def _scratch(tile: PrefillTile, inputs: PrefillInputs) -> list[Any]:

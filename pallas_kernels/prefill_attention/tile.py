@@ -23,8 +23,8 @@ KEYS = 256
 STREAM_KEYS = 2048
 """Keys that lie in VMEM at once where the context has no end."""
 
-MAX_WINDOW_KEYS = 6144
-"""Windows (and their query tile) up to this many keys are held in VMEM whole, so that one softmax serves them."""
+VMEM_BYTES = 48 << 20
+"""What a plan may take of VMEM; 64 MiB a core is the least that a supported chip has."""
 
 HALF = LANES // 2
 
@@ -112,6 +112,16 @@ class PrefillTile:
         """Whether all keys of a query tile are held at once, so that no sums need rescaling."""
         return self.reads_own and self.held_keys >= _window_keys(self.shape, self.queries, self.own_tokens)
 
+    @property
+    def vmem_bytes(self) -> int:
+        """What the kernel's scratch takes of VMEM."""
+        pages, item = self.shape.pages, jnp.dtype(self.compute_dtype).itemsize
+        key_lanes, value_lanes = pages.key_planes * LANES, pages.value_planes * LANES
+        in_and_out = 2 * self.queries * self.group * (self.query_lanes + self.output_lanes) * 4
+        of_rows = self.rows * (key_lanes * item + 4 * (self.held_keys + 3 * LANES + value_lanes))
+        kv = 2 * self.planes * self.held_keys * LANES * jnp.dtype(self.kv_dtype).itemsize
+        return kv + self.heads * (in_and_out + of_rows) + 4 * self.queries * self.keys
+
     def check(self) -> None:
         """Raises an assertion where the parts do not fit together."""
         assert self.num_tokens % self.queries == 0, (self.num_tokens, self.queries)
@@ -130,22 +140,28 @@ def _window_keys(shape: AttentionShape, queries: int, own_tokens: int) -> int:
 
 def choose_tile(shape: AttentionShape, num_tokens: int, kv_dtype: jnp.dtype, query_dtype: jnp.dtype) -> PrefillTile:
     """The plan for a step of ``num_tokens`` tokens, a power of two of at least 16."""
-    compute = jnp.promote_types(kv_dtype, query_dtype)
-    group, kv_heads = shape.heads_per_kv_head, shape.pages.num_kv_heads
-    queries = min(num_tokens, 256, max(64, ROWS // _power_of_two(group)))
-    wanted = max(1, ROWS // (queries * group))
-    heads = next(n for n in range(min(wanted, kv_heads), 0, -1) if kv_heads % n == 0)
+    kv_heads, compute = shape.pages.num_kv_heads, jnp.promote_types(kv_dtype, query_dtype)
+    queries = min(num_tokens, 256, max(64, ROWS // _power_of_two(shape.heads_per_kv_head)))
+    # What too few tiles do not give the units to do, more heads do.
+    tiles = 4 if shape.window is None else -(-(shape.window + queries) // KEYS)
+    most_heads = max(1, ROWS * -(-4 // tiles) // (queries * shape.heads_per_kv_head))
+    heads = [n for n in range(min(most_heads, kv_heads), 0, -1) if kv_heads % n == 0]
+    wanted = STREAM_KEYS if shape.window is None else _window_keys(shape, queries, queries)
     unit = max(KEYS, shape.pages.block_size)
-    held = STREAM_KEYS
-    if shape.window is not None:
-        held = min(MAX_WINDOW_KEYS, _window_keys(shape, queries, queries))
-    held = -(-held // unit) * unit
-    # Of a window and its queries, tiles lie on an edge at either end.
-    tiles = held // KEYS if shape.window is None else -(-(shape.window + queries) // KEYS)
-    runs = (min(4, max(1, tiles - 2)), min(5, tiles))
-    tile = PrefillTile(shape, num_tokens, queries, heads, KEYS, held, *runs, jnp.dtype(kv_dtype), jnp.dtype(compute))
-    tile.check()
-    return tile
+    for held in (
+        -(-wanted // unit) * unit,
+        *(n for n in (STREAM_KEYS, STREAM_KEYS // 2, 2 * unit, unit) if n < wanted),
+    ):
+        # Of a window and its queries, tiles lie on an edge at either end.
+        of_unit = min(tiles, held // KEYS) if shape.window is not None else held // KEYS
+        runs = (min(4, max(1, of_unit - 2)), min(5, of_unit))
+        dtypes = jnp.dtype(kv_dtype), jnp.dtype(compute)
+        for count in heads:
+            tile = PrefillTile(shape, num_tokens, queries, count, KEYS, held, *runs, *dtypes)
+            if tile.vmem_bytes <= VMEM_BYTES:
+                tile.check()
+                return tile
+    raise ValueError(f"{shape} does not fit {VMEM_BYTES} bytes of vector memory, however it is cut")
 
 
 def _power_of_two(number: int) -> int:

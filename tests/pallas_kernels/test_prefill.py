@@ -1,0 +1,118 @@
+"""Prefill against its reference, interpreted: windows and contexts, ragged rows, edges of every kind."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import pytest
+
+from pallas_kernels.pages import AttentionShape, PageGeometry
+from pallas_kernels.prefill_attention.ops import prefill
+from pallas_kernels.prefill_attention.tile import choose_tile
+from tests.pallas_kernels.prefill_cases import PrefillCase, check_prefill_case
+
+BLOCK = 16
+
+
+def shape_of(
+    heads: tuple[int, int], dims: tuple[int, int], window: int | None, soft_cap: float | None = None
+) -> AttentionShape:
+    """Heads (query, kv) and dims (key, value)."""
+    return AttentionShape(PageGeometry(BLOCK, heads[1], *dims), heads[0], window, dims[0] ** -0.5, soft_cap)
+
+
+SMALL = shape_of((4, 2), (128, 128), 40)
+
+# Rows in the middle of tiles and blocks; one that begins at the start, one after a rebuild began, one of one token.
+RAGGED = ((5, 9, 0), (70, 20, 48), (0, 13, 0), (95, 1, 0))
+
+
+@pytest.mark.parametrize("window", [1, BLOCK - 1, BLOCK, BLOCK + 1, 40, 200])
+def test_window_edges_in_mixed_steps(window: int) -> None:
+    shape = shape_of((4, 2), (128, 128), window)
+    check_prefill_case(PrefillCase(shape, RAGGED, 64, decode_rows=3, tile=(("queries", 16),)))
+
+
+@pytest.mark.parametrize("begin", [0, BLOCK - 1, BLOCK, BLOCK + 1])
+def test_a_context_of_several_stretches(begin: int) -> None:
+    shape = shape_of((4, 2), (128, 128), None)
+    rows = ((begin, 9, 0), (700 + begin, 20, 0), (0, 13, 0))
+    check_prefill_case(PrefillCase(shape, rows, 64, 3, tile=(("queries", 16), ("held_keys", 256))))
+
+
+def test_a_window_of_several_stretches() -> None:
+    shape = shape_of((2, 1), (128, 128), 600)
+    case = PrefillCase(shape, ((590, 9, 0), (1300, 30, 0)), 64, tile=(("queries", 32), ("held_keys", 256)), sinks=True)
+    assert not case.plan.one_pass
+    check_prefill_case(case)
+
+
+def test_a_window_longer_than_one_tile_of_keys() -> None:
+    """More tiles than one go, so that blocks of plain tiles, edges and what is left over all run."""
+    shape = shape_of((2, 1), (128, 128), 900)
+    case = PrefillCase(shape, ((1000, 60, 0),), 64, tile=(("keys", 128), ("plain_tiles", 3), ("weighed_tiles", 3)))
+    assert case.plan.one_pass
+    check_prefill_case(case)
+
+
+@pytest.mark.parametrize(
+    ("heads", "dims"),
+    [
+        ((8, 2), (64, 64)),
+        ((3, 1), (64, 64)),
+        ((16, 1), (128, 128)),
+        ((4, 1), (256, 256)),
+        ((2, 1), (512, 512)),
+        ((4, 2), (192, 128)),
+        ((4, 2), (96, 96)),
+        ((8, 2), (32, 32)),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("window", [40, None])
+def test_head_shapes_in_bfloat16_with_sinks(heads: tuple[int, int], dims: tuple[int, int], window: int | None) -> None:
+    rows = ((33, 20, 0), (0, 7, 0)) if window else ((33, 20, 0), (290, 7, 0))
+    case = PrefillCase(shape_of(heads, dims, window), rows, 32, 2, "bfloat16", "bfloat16", sinks=True)
+    check_prefill_case(case)
+
+
+def test_heads_in_groups() -> None:
+    case = PrefillCase(shape_of((8, 4), (128, 128), 40), RAGGED, 64, 3, tile=(("queries", 16), ("heads", 2)))
+    assert case.plan.head_groups == 2
+    check_prefill_case(case)
+
+
+@pytest.mark.parametrize("window", [40, None])
+def test_soft_cap(window: int | None) -> None:
+    check_prefill_case(PrefillCase(shape_of((4, 2), (128, 128), window, soft_cap=0.7), ((50, 20, 0),), 32))
+
+
+@pytest.mark.parametrize("window", [40, None])
+def test_queries_wider_than_the_pool(window: int | None) -> None:
+    shape = shape_of((4, 2), (128, 128), window)
+    check_prefill_case(PrefillCase(shape, ((50, 20, 0),), 32, dtype="bfloat16"))
+
+
+def test_a_step_without_rows_to_prefill_leaves_all_outputs() -> None:
+    case = PrefillCase(SMALL, ((5, 0, 0),), 32, decode_rows=3)
+    check_prefill_case(case)
+
+
+def test_shapes_that_do_not_fit_are_named() -> None:
+    case = PrefillCase(SMALL, ((5, 9, 0),), 16)
+    inputs = case.inputs()
+    with pytest.raises(ValueError, match=r"values has shape \(16, 2, 64\); \(16, 2, 128\) is needed"):
+        prefill(SMALL, inputs._replace(values=inputs.values[..., :64]))
+    with pytest.raises(ValueError, match=r"keys are bfloat16, values float32, the pool float32; round them"):
+        prefill(SMALL, inputs._replace(keys=inputs.keys.astype(jnp.bfloat16)))
+
+
+@pytest.mark.parametrize("group", [1, 2, 3, 5, 8, 16])
+@pytest.mark.parametrize("window", [None, 128, 1024, 4096])
+@pytest.mark.parametrize("num_tokens", [16, 256, 8192])
+def test_tiles_fit_the_smallest_vector_memory(group: int, window: int | None, num_tokens: int) -> None:
+    for kv_heads, dim in ((16, 64), (16, 256), (4, 512), (1, 128)):
+        shape = AttentionShape(PageGeometry(64, kv_heads, dim, dim), kv_heads * group, window, 1.0)
+        for dtype in (jnp.bfloat16, jnp.float32):
+            tile = choose_tile(shape, num_tokens, jnp.dtype(dtype), jnp.dtype(dtype))
+            tile.check()
+            assert tile.vmem_bytes <= 48 << 20
