@@ -53,17 +53,17 @@ class QueryRows(NamedTuple):
 
 
 def windowed_rows(shape: AttentionShape, tables: jax.Array, rows: QueryRows) -> DecodeRows:
-    """Decode rows of a windowed group; tables i32[Z, M] have block n of a lane in column n % M.
+    """Decode rows of a windowed group; tables i32[Z, R] have block n of a lane in column n % R.
 
     The ring of a lane may still name an older block where the row begins a new one (it is updated after the step), so
     the block a row writes is taken from its slot.
     """
     block = shape.pages.block_size
     assert shape.window is not None
-    width = tables.shape[1]
+    width = shape.table_width
     first = jnp.maximum(rows.positions - (shape.window - 1), rows.context_starts) // block
     columns = first[:, None] + jnp.arange(width, dtype=jnp.int32)
-    compact = jnp.take_along_axis(tables.at[rows.lanes].get(mode="clip"), columns % width, axis=1)
+    compact = jnp.take_along_axis(tables.at[rows.lanes].get(mode="clip"), columns % tables.shape[1], axis=1)
     newest = rows.positions // block - first
     is_newest = jnp.arange(width, dtype=jnp.int32) == newest[:, None]
     # Without a slot the newest block may be one the lane does not hold: its own oldest is read instead, and masked.

@@ -136,7 +136,8 @@ class EngineConfig:
     )
     attention_backend: str = option(
         kinds.choice("auto", "xla", "pallas"),
-        "xla runs everywhere. pallas is the TPU kernels, which this version does not have yet.",
+        "xla runs everywhere. pallas is the TPU kernels, which a CPU interprets, to try them out. auto is pallas on "
+        "TPU, xla elsewhere.",
         default="auto",
     )
     generation_config: str = option(

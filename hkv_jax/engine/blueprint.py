@@ -19,7 +19,7 @@ from hkv_jax.kvcache.layout import KVLayout
 from hkv_jax.model.kv_arena import storage_dtype
 from hkv_jax.model.parameters import parameter_shapes
 from hkv_jax.model.transformer import Decoder, ModelParameters
-from hkv_jax.model.xla_attention import AttentionSpec
+from hkv_jax.model.xla_attention import AttentionBackend, AttentionSpec
 from hkv_jax.spec import ModelSpec
 
 
@@ -28,7 +28,7 @@ class Blueprint:
     """What decides an engine's programs, but for the buckets.
 
     ``dtype`` is that of weights and computation, ``kv_dtype`` that of cached keys and values; ``num_lanes`` are
-    sequences running at once; ``scanned`` chooses the layer loop over periods.
+    sequences running at once; ``scanned`` chooses the layer loop over periods, ``backend`` what computes attention.
     """
 
     spec: ModelSpec
@@ -38,6 +38,7 @@ class Blueprint:
     kv_dtype: jnp.dtype
     num_lanes: int
     scanned: bool
+    backend: AttentionBackend = AttentionBackend.XLA
 
     @cached_property
     def decoder(self) -> Decoder:
@@ -56,6 +57,9 @@ class Blueprint:
     def state(self) -> DeviceState:
         """Shape, dtype and sharding of everything the device keeps from step to step."""
         stored = storage_dtype(self.kv_dtype, self.decoder.platform)
+        if self.backend is AttentionBackend.PALLAS:
+            # The kernels read values, not bits.
+            stored = self.kv_dtype
         return state_shapes(self.layout, self.mesh, self.num_lanes, self.spec.vocab_size, stored)
 
     @cached_property
@@ -63,7 +67,7 @@ class Blueprint:
         """Each group's attention, in the order of the layout."""
         scale, cap = self.spec.attention_scale, self.spec.attention_soft_cap
         return tuple(
-            AttentionSpec(group.format, group.spec.window, group.table_width, scale, cap, self.kv_dtype)
+            AttentionSpec(group.format, group.spec.window, group.table_width, scale, cap, self.kv_dtype, self.backend)
             for group in self.layout.groups
         )
 

@@ -7,6 +7,7 @@ threads, text or clients.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 import os
 from pathlib import Path
@@ -31,8 +32,11 @@ from hkv_jax.kvcache.layout import KVLayout, LayoutRequest, most_useful_bytes, p
 from hkv_jax.kvcache.policy import CachePolicy
 from hkv_jax.model.checkpoint import Checkpoint
 from hkv_jax.model.parameters import Progress, load_parameters
+from hkv_jax.model.xla_attention import AttentionBackend
 from hkv_jax.sharding import check_divides, make_mesh
 from hkv_jax.spec import ModelSpec
+
+logger = logging.getLogger(__name__)
 
 COMPILATION_CACHE_VARIABLE = "HKV_JAX_COMPILATION_CACHE"
 
@@ -58,6 +62,7 @@ class _Plan:
     mesh: Mesh
     dtype: jnp.dtype
     kv_dtype: jnp.dtype
+    backend: AttentionBackend
 
     @property
     def platform(self) -> str:
@@ -73,18 +78,33 @@ class _Plan:
             expected_average_seq_length=config.expected_average_seq_length,
             block_sizes=config.block_sizes(self.spec.kv_groups()),
             partition=config.kv_partition,
-            # Rows of 128 lanes are what a TPU can reshape for free; elsewhere a token's heads lie side by side.
-            page_layout=PageLayout.PLANES if self.platform == "tpu" else PageLayout.ROWS,
+            page_layout=self.page_layout,
             itemsize=self.kv_dtype.itemsize,
             tensor_parallel=config.tensor_parallel_size,
             max_chunk=self.limits.max_prefill_chunk,
             max_num_seqs=self.limits.max_num_seqs,
         )
 
+    @property
+    def page_layout(self) -> PageLayout:
+        # Rows of 128 lanes are what a TPU can reshape for free and what the kernels read. Elsewhere a token's heads lie
+        # side by side.
+        planes = self.platform == "tpu" or self.backend is AttentionBackend.PALLAS
+        return PageLayout.PLANES if planes else PageLayout.ROWS
+
     def blueprint(self, layout: KVLayout) -> Blueprint:
         # A scan over layers copies each layer's weights on CPU; on TPU it costs nothing and compiles once.
         scanned = self.platform == "tpu"
-        return Blueprint(self.spec, self.mesh, layout, self.dtype, self.kv_dtype, self.limits.max_num_seqs, scanned)
+        return Blueprint(
+            self.spec,
+            self.mesh,
+            layout,
+            self.dtype,
+            self.kv_dtype,
+            self.limits.max_num_seqs,
+            scanned=scanned,
+            backend=self.backend,
+        )
 
     def scheduler_config(self, layout: KVLayout) -> SchedulerConfig:
         return SchedulerConfig(
@@ -125,16 +145,28 @@ def build_engine(config: EngineConfig, progress: Progress | None = None) -> Engi
 
 
 def _plan(config: EngineConfig, spec: ModelSpec) -> _Plan:
-    if config.attention_backend == "pallas":
-        raise ConfigError(
-            "attention_backend is 'pallas', whose kernels are not part of this version; use 'auto' or 'xla'"
-        )
     check_divides(spec, config.tensor_parallel_size)
     mesh = make_mesh(config.tensor_parallel_size)
     dtype = jnp.dtype(spec.dtype if config.dtype == "auto" else config.dtype)
     kv_dtype = dtype if config.kv_cache_dtype == "auto" else jnp.dtype(config.kv_cache_dtype)
     limits = resolve_limits(config, mesh.devices.flat[0].platform)
-    return _Plan(config, spec, limits, mesh, dtype, kv_dtype)
+    return _Plan(config, spec, limits, mesh, dtype, kv_dtype, _backend(config, mesh.devices.flat[0].platform))
+
+
+def _backend(config: EngineConfig, platform: str) -> AttentionBackend:
+    """The backend that was asked for, or what suits the platform."""
+    if config.attention_backend == "auto":
+        return AttentionBackend.PALLAS if platform == "tpu" else AttentionBackend.XLA
+    backend = AttentionBackend(config.attention_backend)
+    if backend is AttentionBackend.PALLAS and platform == "cpu":
+        logger.warning(
+            "attention_backend is 'pallas' on a CPU: the TPU kernels are interpreted, which is exact and very slow"
+        )
+    elif backend is AttentionBackend.PALLAS and platform != "tpu":
+        raise ConfigError(
+            f"attention_backend is 'pallas', kernels for TPU, but this is {platform}; use 'auto' or 'xla'"
+        )
+    return backend
 
 
 def _layout(plan: _Plan) -> KVLayout:

@@ -61,13 +61,19 @@ class StepProgram:
         # A sliding table turns over as it is updated, so it is read first and updated at the end of the step.
         state = self._update_tables(state, fields, windowed=False)
         groups = tuple(
-            GroupStep(spec, table, slots, rows)
+            self._group_step(GroupStep(spec, table, slots, rows), parameters)
             for spec, table, slots in zip(self.attention, state.tables, fields.slots, strict=True)
         )
         step = ModelStep(tokens, fields.positions, groups, self.format.bucket.prefill)
         hidden, arenas = run_layers(self.decoder, parameters, state.arenas, step)
         state = self._update_tables(state._replace(arenas=arenas), fields, windowed=True)
         return self._draw(parameters, state, fields, hidden)
+
+    def _group_step(self, group: GroupStep, parameters: ModelParameters) -> GroupStep:
+        num_heads, dim = self.decoder.spec.num_heads, group.spec.format.head_dim
+        dtype = jax.tree.leaves(parameters.embedder)[0].dtype
+        queries = jax.ShapeDtypeStruct((self.format.bucket.num_tokens, num_heads, dim), dtype)
+        return group.prepared(self.decoder.mesh, queries, self.format.bucket.prefill)
 
     def _update_tables(self, state: DeviceState, fields: StepFields, windowed: bool) -> DeviceState:
         tables = [

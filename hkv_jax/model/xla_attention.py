@@ -11,6 +11,7 @@ over tiles of keys, in float32. A row without keys gives 0.
 from __future__ import annotations
 
 import dataclasses
+import enum
 from typing import Any, NamedTuple
 
 import jax
@@ -28,6 +29,16 @@ QUERY_TILE_TOKENS = 128
 KEY_TILE_TOKENS = 256
 
 
+class AttentionBackend(enum.StrEnum):
+    """What computes attention and writes K/V."""
+
+    XLA = "xla"
+    """Plain XLA, anywhere."""
+
+    PALLAS = "pallas"
+    """The kernels for TPU, interpreted elsewhere."""
+
+
 @dataclasses.dataclass(frozen=True)
 class AttentionSpec:
     """What is static of one group's attention.
@@ -42,6 +53,7 @@ class AttentionSpec:
     scale: float
     soft_cap: float | None
     kv_dtype: jnp.dtype
+    backend: AttentionBackend = AttentionBackend.XLA
 
 
 class StepRows(NamedTuple):
