@@ -120,7 +120,9 @@ class Probe:
     found, ``prompt_logprobs`` those that were asked for.
     """
 
-    def __init__(self, options: ProbeOptions, max_prefill_chunk: int, crowded: bool = False) -> None:
+    def __init__(
+        self, options: ProbeOptions, max_prefill_chunk: int, crowded: bool = False, spare_slabs: int = 0
+    ) -> None:
         """Loads and compiles, or takes what a probe of equal ``options`` has compiled.
 
         Args:
@@ -128,11 +130,12 @@ class Probe:
             max_prefill_chunk: most tokens of one sequence in a step.
             crowded: the pools own just the slabs that serve one sequence of ``max_model_len``, so that others must wait
                 or give way.
+            spare_slabs: as many more for each group, where they are crowded.
         """
         compiled = _compile(options)
         self._runner = _ProbeRunner(compiled)
         blueprint = compiled.blueprint
-        layout = _least_slabs(blueprint.layout) if crowded else blueprint.layout
+        layout = _least_slabs(blueprint.layout, spare_slabs) if crowded else blueprint.layout
         config = SchedulerConfig(
             max_num_seqs=options.max_num_seqs,
             max_num_batched_tokens=options.max_num_batched_tokens,
@@ -182,10 +185,10 @@ class Probe:
         return pages[first : first + fmt.num_layers].reshape(-1, 2, fmt.block_size, fmt.row_elements)
 
 
-def _least_slabs(layout: KVLayout) -> KVLayout:
-    """The same arenas, of which each group owns no more slabs than its floor takes."""
+def _least_slabs(layout: KVLayout, spare_slabs: int) -> KVLayout:
+    """The same arenas, of which each group owns no more slabs than its floor takes, and a few to spare."""
     groups = [
-        dataclasses.replace(g, initial_slabs=g.initial_slabs[: -(-g.floor_blocks // g.blocks_per_slab)])
+        dataclasses.replace(g, initial_slabs=g.initial_slabs[: -(-g.floor_blocks // g.blocks_per_slab) + spare_slabs])
         for g in layout.groups
     ]
     return dataclasses.replace(layout, groups=tuple(groups))

@@ -438,3 +438,28 @@ def test_samples_share_a_rebuilt_prompt(folders: dict[int, Path]) -> None:
     found = [sorted(probe.generate({"q": prompt}, params)["q"]) for probe in (scene.pair.warm, scene.pair.cold)]
     assert scene.pair.warm.prefix_uses["q"].hit is PrefixHit.REBUILD
     assert found[0] == found[1]
+
+
+@pytest.mark.slow
+def test_a_hit_while_slabs_move_and_live_blocks_are_gathered(folders: dict[int, Path]) -> None:
+    scene = Scene(folders)
+    warm = scene.pair.warm = Probe(scene.options, 8, crowded=True, spare_slabs=8)
+    scene.read(scene.matched)
+    slabs, copies = dict.fromkeys(PrefixHit, 0), dict.fromkeys(PrefixHit, 0)
+    for number in range(12):
+        if number % 4 == 3:
+            evict_tails(warm)
+        prompt, other = [*scene.document, *tokens(5, seed=100 + number)], tokens(60 + 5 * number, seed=200 + number)
+        moved, copied = warm.cache.num_slabs_moved, warm.cache.copied_bytes
+        found = warm.generate({"q": prompt, "other": other}, GREEDY)
+        hit = warm.prefix_uses["q"].hit
+        slabs[hit] += warm.cache.num_slabs_moved - moved
+        copies[hit] += warm.cache.copied_bytes - copied
+        cold = Probe(scene.options, STEP_TOKENS)
+        assert found == cold.generate({"q": prompt, "other": other}, GREEDY)
+        end = len(prompt) + len(found["q"]) - 1
+        errors = warm.logits("q", end, scene.matched) - cold.logits("q", end, scene.matched)
+        assert np.abs(errors).max() <= LOGITS_TOLERANCE
+    assert slabs[PrefixHit.REBUILD] > 0
+    assert slabs[PrefixHit.RESIDENT] > 0
+    assert copies[PrefixHit.RESIDENT] > 0
