@@ -48,4 +48,5 @@ def _stats(replay: Replay) -> EngineStats:
         pools=replay.cache.stats(),
         prefix=replay.scheduler.prefix_stats,
         num_slabs_moved=replay.cache.num_slabs_moved,
+        copied_bytes=replay.cache.copied_bytes,
     )

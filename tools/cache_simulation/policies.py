@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
-from hkv_jax.kvcache.join_points import JoinKind, JoinPoint, Stake
+from hkv_jax.kvcache.join_point import JoinKind, JoinPoint, Stake
 from hkv_jax.kvcache.policy import CachePolicy
 from tools.cache_simulation.model_geometry import ModelGeometry
 
@@ -17,9 +17,13 @@ from tools.cache_simulation.model_geometry import ModelGeometry
 class LeastRecentlyUsed:
     """Evicts what was used longest ago, whatever it would save or free."""
 
-    def key(self, join: JoinPoint, _stake: Stake) -> float:
-        """When it was used last."""
-        return join.last_use
+    def value(self, join: JoinPoint, stake: Stake) -> float:
+        """All alike."""
+        return 0.0
+
+    def half_life(self, join: JoinPoint) -> float:
+        """All alike, so that only the last use counts."""
+        return 1.0
 
     def chance(self, kind: JoinKind, num_uses: int) -> float:
         """All alike."""
@@ -28,7 +32,7 @@ class LeastRecentlyUsed:
     def note_made(self, kind: JoinKind, num_uses: int) -> None:
         """Nothing is learned."""
 
-    def note_used(self, kind: JoinKind, num_uses: int) -> None:
+    def note_used(self, kind: JoinKind, num_uses: int, idle_seconds: float) -> None:
         """Nothing is learned."""
 
 

@@ -102,6 +102,19 @@ def test_moved_blocks_take_time() -> None:
     assert measured.virtual_s == pytest.approx(0.027 + copied / 500e9, abs=1e-12)
 
 
+def test_what_the_boundary_copies_is_what_steps_are_charged_for() -> None:
+    # Long prompts, many short ones, long ones again: the boundary goes there and back.
+    requests = [request(f"long{i}", [(f"long{i}", 1500)], 20, 0.2 * i) for i in range(6)]
+    requests += [request(f"short{i}", [(f"short{i}", 40)], 60, 4.0 + 0.01 * i) for i in range(40)]
+    requests += [request(f"late{i}", [(f"late{i}", 1500)], 20, 6.0 + 0.2 * i) for i in range(6)]
+    blocks = {"global": 64, "sliding": 16}  # two sliding blocks in a slab
+    options = {"kv_cache_memory": 1_500_000, "max_num_seqs": 32, "block_size": blocks}
+    replay = tiny_simulation(requests, **options).replay()
+    measured = replay.run()
+    assert measured.copied_bytes == replay.cache.copied_bytes > 0
+    assert measured.slabs_moved > 0
+
+
 def test_a_scheduler_that_never_runs_anybody_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(replay_module, "MAX_IDLE_STEPS", 10)
     replay = tiny_simulation([request("a", PROMPT, 1)]).replay()
