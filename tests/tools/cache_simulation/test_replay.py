@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 
@@ -108,7 +109,7 @@ def test_what_the_boundary_copies_is_what_steps_are_charged_for() -> None:
     requests += [request(f"short{i}", [(f"short{i}", 40)], 60, 4.0 + 0.01 * i) for i in range(40)]
     requests += [request(f"late{i}", [(f"late{i}", 1500)], 20, 6.0 + 0.2 * i) for i in range(6)]
     blocks = {"global": 64, "sliding": 16}  # two sliding blocks in a slab
-    options = {"kv_cache_memory": 1_500_000, "max_num_seqs": 32, "block_size": blocks}
+    options: dict[str, Any] = {"kv_cache_memory": 1_500_000, "max_num_seqs": 32, "block_size": blocks}
     replay = tiny_simulation(requests, **options).replay()
     measured = replay.run()
     assert measured.copied_bytes == replay.cache.copied_bytes > 0
