@@ -50,6 +50,12 @@ def _decode_inputs(case: Case, struct: Callable[..., Any]) -> Any:
     return DecodeInputs(queries, new, new, arena, struct((), "int32"), rows, sinks)
 
 
+def _with_arena_apart(function: Callable[..., Any], inputs: Any) -> tuple[Any, ...]:
+    """The arena as the one argument that is donated."""
+    rest = inputs._replace(arena=None)
+    return lambda arena, rest: function(rest._replace(arena=arena)), (inputs.arena, rest), (0,)
+
+
 def _query_dtype(geometry: Geometry) -> str:
     return "float32" if geometry.dtype == "float32" else "bfloat16"
 
@@ -58,14 +64,14 @@ def windowed_decode(case: Case, struct: Callable[..., Any]) -> tuple[Any, ...]:
     """Decode of a windowed layer."""
     from pallas_kernels.windowed_attention import ops
 
-    return functools.partial(ops.decode, attention_shape(case)), (_decode_inputs(case, struct),), (0,)
+    return _with_arena_apart(functools.partial(ops.decode, attention_shape(case)), _decode_inputs(case, struct))
 
 
 def paged_decode(case: Case, struct: Callable[..., Any]) -> tuple[Any, ...]:
     """Decode of a global layer."""
     from pallas_kernels.paged_attention import ops
 
-    return functools.partial(ops.decode, attention_shape(case)), (_decode_inputs(case, struct),), (0,)
+    return _with_arena_apart(functools.partial(ops.decode, attention_shape(case)), _decode_inputs(case, struct))
 
 
 def windowed_decode_work(case: Case, schedule: Schedule) -> Work:

@@ -1,0 +1,109 @@
+"""What must compile: each kernel at the shapes of real models, at the largest load it is meant for.
+
+Owns: the list, and compiling it in a few processes. Must never: judge; tests and the table do.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import json
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from tools.tpu_costs.cases import SHAPES, Case, default_block_size
+from tools.tpu_costs.chips import CHIPS
+from tools.tpu_costs.measure import ROOT, compile_environment
+
+MOST_SEQUENCES = 256
+LONGEST_CONTEXT = 128 * 1024
+CHUNK = 2048
+
+GLOBAL_LAYERS = {
+    "gemma-3-27b-tp8": 128,
+    "gemma-3-1b": 128,
+    "gpt-oss-20b": 128,
+    "gpt-oss-120b-tp8": 128,
+    "gemma-4-31b-global": 64,
+    "llama-3.1-8b": 64,
+}
+"""Shapes that have global layers, with the tokens of their blocks."""
+
+
+def cases(topology: str) -> dict[str, Case]:
+    """All cases of one topology by name."""
+    return dict(_cases(topology))
+
+
+def few_cases(topology: str) -> dict[str, Case]:
+    """One of each kernel, those of the shape that stresses it."""
+    chosen = (
+        "windowed, gemma-4-31b-local",
+        "windowed, gpt-oss-20b",
+        "paged, llama-3.1-8b",
+        "windowed-prefill, gemma-3-27b-tp8",
+        "paged-prefill, gpt-oss-20b",
+        "kv-update, gemma-3-1b",
+    )
+    everything = cases(topology)
+    return {name: everything[name] for name in chosen}
+
+
+def _cases(topology: str) -> Iterator[tuple[str, Case]]:
+    for name, geometry in SHAPES.items():
+        if geometry.window is None:
+            continue
+        block = default_block_size(geometry)
+        decode = Case("windowed", geometry, topology, block, LONGEST_CONTEXT, MOST_SEQUENCES)
+        yield f"windowed, {name}", decode
+        prefill = dataclasses.replace(decode, kernel="windowed-prefill", batch=1, chunk=CHUNK)
+        yield f"windowed-prefill, {name}", prefill
+        yield f"kv-update, {name}", dataclasses.replace(prefill, kernel="kv-update")
+    for name, block in GLOBAL_LAYERS.items():
+        geometry = dataclasses.replace(SHAPES[name], window=None)
+        decode = Case("paged", geometry, topology, block, LONGEST_CONTEXT, MOST_SEQUENCES)
+        yield f"paged, {name}", decode
+        yield f"paged-prefill, {name}", dataclasses.replace(decode, kernel="paged-prefill", batch=1, chunk=CHUNK)
+
+
+def compile_all(named: dict[str, Case], processes: int = 2) -> dict[str, dict[str, Any]]:
+    """Compiles cases, some at a time; results by name, an ``error`` in those that the compiler refused.
+
+    Raises:
+        RuntimeError: a compiling process died.
+    """
+    names = list(named)
+    shares = [names[i::processes] for i in range(processes)]
+    with concurrent.futures.ThreadPoolExecutor(processes) as pool:
+        results = pool.map(lambda share: _compile_share([named[name] for name in share]), shares)
+        found = {
+            name: result
+            for share, of in zip(shares, results, strict=True)
+            for name, result in zip(share, of, strict=True)
+        }
+    return {name: found[name] for name in names}
+
+
+def _compile_share(share: Sequence[Case]) -> list[dict[str, Any]]:
+    if not share:
+        return []
+    command = [sys.executable, "-m", "tools.tpu_costs.compile_case", *(case.to_json() for case in share)]
+    run = subprocess.run(command, cwd=ROOT, env=compile_environment(), capture_output=True, text=True, check=False)
+    lines = run.stdout.splitlines()
+    if run.returncode or len(lines) != len(share):
+        raise RuntimeError(f"the compiler died after {len(lines)} of {len(share)} cases\n{run.stderr[-3000:]}")
+    return [json.loads(line) for line in lines]
+
+
+def pool_bytes(case: Case) -> int:
+    """Bytes of the pool that a case is given."""
+    from tools.tpu_costs.our_kernels import POOL_PAGES, attention_shape
+
+    return int(attention_shape(case).pages.rows * POOL_PAGES * 128 * case.geometry.itemsize)
+
+
+def everywhere() -> dict[str, Case]:
+    """All cases on all chips, by name and chip."""
+    return {f"{name}, {chip.name}": case for chip in CHIPS.values() for name, case in cases(chip.topology).items()}
