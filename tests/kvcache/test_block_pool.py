@@ -66,7 +66,7 @@ class PoolMachine(RuleBasedStateMachine):
 
     @rule(count=st.integers(0, 7), names=st.booleans())
     def allocate(self, count: int, names: bool) -> None:
-        free, expected, forgotten = self.free(), [], []
+        free, expected, forgotten = self.free(), list[int](), list[int]()
         self.forgotten = []
         if count > len(free):
             assert self.pool.allocate(count) is None

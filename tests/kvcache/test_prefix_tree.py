@@ -145,11 +145,11 @@ def test_a_pinned_node_stays_without_its_blocks() -> None:
     for each in (node, node.parent):
         assert each is not None
         planted.forget(0, each.blocks[0][0])
-    assert node.alive
+    assert planted.find("ab") is node
     assert planted.find("a") is node.parent
     planted.tree.unpin(node)
     assert not node.alive
-    assert planted.find("a") is None
+    assert len(planted.tree) == 0
     planted.tree.check_invariants()
 
 

@@ -53,6 +53,6 @@ def test_whatever_differs_before_a_block_makes_its_digest_another() -> None:
 def test_tokens_of_another_width_are_the_same_tokens() -> None:
     tokens = np.arange(8)
     wide, narrow = TokenChain(4), TokenChain(4)
-    wide.append(tokens.astype(np.int64))  # type: ignore[arg-type]
+    wide.append(tokens.astype(np.int64))
     narrow.append(tokens.astype(np.int32))
     assert wide.digests == narrow.digests
