@@ -118,6 +118,20 @@ def row_tile(dtype: jnp.dtype) -> int:
     return 32 // jnp.dtype(dtype).itemsize
 
 
+SMALLEST_WRITE_ROWS = 8
+
+PACKS_ROWS_IN_PLACE = ("TPU v4", "TPU v5", "TPU v6")
+"""Chips whose tiles have 8 rows whatever the dtype; on others 16-bit values are tiled by 16."""
+
+
+def write_rows(dtype: jnp.dtype) -> int:
+    """Rows of a plane that must be written for one token, on the chip that the trace is for where that is known."""
+    mesh = jax.sharding.get_abstract_mesh()
+    device = getattr(mesh, "abstract_device", None)
+    kind = str(getattr(device, "device_kind", ""))
+    return SMALLEST_WRITE_ROWS if kind.startswith(PACKS_ROWS_IN_PLACE) else row_tile(dtype)
+
+
 def as_pages(arena: jax.Array, pages: PageGeometry) -> jax.Array:
     """The arena ``[1, rows, 128]`` of one chip as ``[num_pages, C, P, 128]``; a bitcast."""
     return arena.reshape(-1, pages.num_planes, pages.block_size, LANES)

@@ -24,7 +24,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import softmax
 from pallas_kernels.heads import HeadLayout
-from pallas_kernels.pages import LANES, NO_SLOT, AttentionShape, row_tile
+from pallas_kernels.pages import LANES, NO_SLOT, AttentionShape
 
 TABLES_HELD = 3
 """Rows whose table is in scalar memory: the one that is fetched and the next."""
@@ -42,6 +42,7 @@ class PagedTile:
         buffers: tiles held at once, at least 2.
         kv_dtype: of the pool.
         compute_dtype: of both operands of the products.
+        write_rows: rows of a plane that are written back for one new token.
     """
 
     heads: HeadLayout
@@ -49,6 +50,7 @@ class PagedTile:
     buffers: int
     kv_dtype: jnp.dtype
     compute_dtype: jnp.dtype
+    write_rows: int
 
     @property
     def shape(self) -> AttentionShape:
@@ -64,11 +66,6 @@ class PagedTile:
     def tokens(self) -> int:
         """T."""
         return self.blocks * self.block
-
-    @property
-    def write_rows(self) -> int:
-        """Rows of a plane that are written back for one new token."""
-        return row_tile(self.kv_dtype)
 
 
 class Scalars(NamedTuple):

@@ -15,7 +15,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.decode_inputs import DecodeInputs, check_decode
 from pallas_kernels.heads import HeadLayout
 from pallas_kernels.paged_attention.kernel import TABLES_HELD, WRITES_HELD, PagedTile, decode_kernel
-from pallas_kernels.pages import LANES, AttentionShape, as_pages, token_planes
+from pallas_kernels.pages import LANES, AttentionShape, as_pages, token_planes, write_rows
 from pallas_kernels.tiles import page_bytes, paged_tiles, vector_memory_limit
 
 
@@ -96,4 +96,6 @@ def decode(
 def _tile(shape: AttentionShape, dtype: jnp.dtype, query_dtype: jnp.dtype) -> PagedTile:
     tiles = paged_tiles(shape, dtype)
     compute = jnp.dtype(jnp.promote_types(query_dtype, dtype))
-    return PagedTile(HeadLayout(shape, tiles.heads_per_product), tiles.blocks, tiles.buffers, dtype, compute)
+    return PagedTile(
+        HeadLayout(shape, tiles.heads_per_product), tiles.blocks, tiles.buffers, dtype, compute, write_rows(dtype)
+    )

@@ -25,7 +25,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import softmax
 from pallas_kernels.heads import HeadLayout
-from pallas_kernels.pages import LANES, NO_SLOT, AttentionShape, row_tile
+from pallas_kernels.pages import LANES, NO_SLOT, AttentionShape
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +38,7 @@ class WindowTile:
         together: sequences that are computed in one basic block.
         kv_dtype: of the pool.
         compute_dtype: of both operands of the products.
+        write_rows: rows of a plane that are written back for one new token.
     """
 
     heads: HeadLayout
@@ -45,6 +46,7 @@ class WindowTile:
     together: int
     kv_dtype: jnp.dtype
     compute_dtype: jnp.dtype
+    write_rows: int
 
     @property
     def ahead(self) -> int:
@@ -76,11 +78,6 @@ class WindowTile:
     def tile_blocks(self) -> int:
         """Blocks of the tile that is multiplied."""
         return self.fetched_blocks - 1 if self.merged and self.fetched_blocks > 1 else self.fetched_blocks
-
-    @property
-    def write_rows(self) -> int:
-        """Rows of a plane that are written back for one new token."""
-        return row_tile(self.kv_dtype)
 
 
 class Scalars(NamedTuple):

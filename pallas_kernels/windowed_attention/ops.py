@@ -15,7 +15,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.decode_inputs import DecodeInputs, check_decode
 from pallas_kernels.heads import HeadLayout
 from pallas_kernels.paged_attention.ops import decode as paged_decode
-from pallas_kernels.pages import LANES, NO_SLOT, AttentionShape, as_pages, token_planes
+from pallas_kernels.pages import LANES, NO_SLOT, AttentionShape, as_pages, token_planes, write_rows
 from pallas_kernels.rows import in_vectors
 from pallas_kernels.tiles import page_bytes, vector_memory_limit, window_tiles
 from pallas_kernels.windowed_attention.kernel import WindowTile, decode_kernel
@@ -114,4 +114,4 @@ def _tile(shape: AttentionShape, inputs: DecodeInputs) -> WindowTile | None:
     sequences = max(2 * tiles.together, min(tiles.sequences, whole))
     compute = jnp.dtype(jnp.promote_types(inputs.queries.dtype, dtype))
     heads = HeadLayout(shape, tiles.heads_per_product)
-    return WindowTile(heads, sequences, tiles.together, dtype, compute)
+    return WindowTile(heads, sequences, tiles.together, dtype, compute, write_rows(dtype))
