@@ -52,21 +52,18 @@ def main() -> None:
     parser.add_argument("sections", nargs="*", metavar="SECTION", help=f"of {', '.join(SECTIONS)} (default: all)")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each in a process (default: 1)")
     parser.add_argument("--ours-only", action="store_true", help="goals: nothing but our own figures beside vLLM's")
-    parser.add_argument("--results", type=Path, metavar="FILE", help="of an earlier run, taken up and kept up to date")
+    parser.add_argument(
+        "--results", type=Path, metavar="FILE", help="what was measured before is taken from it, what is new is added"
+    )
     args = parser.parse_args()
     unknown = [name for name in args.sections if name not in SECTIONS]
     if unknown or args.jobs < 1:
         parser.error(f"no section is called {unknown[0]}" if unknown else "--jobs must be at least 1")
-    results = Results(args.jobs, tell)
-    if args.results is not None and args.results.exists():
-        results.load(args.results)
+    results = Results(args.jobs, tell, args.results)
     try:
         _print_sections(args, results)
     except RunFailedError as error:
         parser.exit(1, f"{parser.prog}: {error}\n")
-    finally:
-        if args.results is not None:
-            results.save(args.results)
 
 
 def _print_sections(args: argparse.Namespace, results: Results) -> None:

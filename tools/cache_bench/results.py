@@ -20,14 +20,25 @@ class RunFailedError(Exception):
 
 
 class Results:
-    """What runs measured; one that is asked for again is not made again."""
+    """What runs measured; one that is asked for again is not made again.
+
+    With a file, results of earlier times are taken from it, and every new one is added at once.
+    """
 
     def __init__(
-        self, jobs: int, tell: Callable[[str], None], measure_one: Callable[[Run], Result | None] = measure
+        self,
+        jobs: int,
+        tell: Callable[[str], None],
+        file: Path | None = None,
+        measure_one: Callable[[Run], Result | None] = measure,
     ) -> None:
         """``jobs`` processes; each finished run is told."""
-        self._jobs, self._tell, self._measure = jobs, tell, measure_one
+        self._jobs, self._tell, self._file, self._measure = jobs, tell, file, measure_one
         self._known: dict[Run, Result | None] = {}
+        if file is not None and file.exists():
+            for line in file.read_text(encoding="utf-8").splitlines():
+                run, result = _read(line)
+                self._known[run] = result
 
     def __getitem__(self, run: Run) -> Result:
         """The result of a run that was made, and could be."""
@@ -52,23 +63,20 @@ class Results:
             for number, future in enumerate(concurrent.futures.as_completed(futures), 1):
                 run = futures[future]
                 try:
-                    self._known[run] = future.result()
+                    self._keep(run, future.result())
                 except Exception as error:
                     workers.shutdown(wait=False, cancel_futures=True)
                     raise RunFailedError(f"{run}: {type(error).__name__}: {error}") from error
                 self._tell(f"{number} of {len(missing)} ({time.monotonic() - began:.0f} s): {run}")
 
-    def save(self, path: Path) -> None:
-        """One JSON object a run."""
-        lines = [
-            json.dumps({"run": dataclasses.asdict(run), "result": result})
-            for run, result in sorted(self._known.items(), key=str)
-        ]
-        path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    def _keep(self, run: Run, result: Result | None) -> None:
+        self._known[run] = result
+        if self._file is not None:
+            with self._file.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"run": dataclasses.asdict(run), "result": result}) + "\n")
 
-    def load(self, path: Path) -> None:
-        """Takes the results that ``save`` wrote."""
-        for line in path.read_text(encoding="utf-8").splitlines():
-            entry = json.loads(line)
-            fields = entry["run"]
-            self._known[Run(**{**fields, "case": Case(**fields["case"])})] = entry["result"]
+
+def _read(line: str) -> tuple[Run, Result | None]:
+    entry = json.loads(line)
+    fields = entry["run"]
+    return Run(**{**fields, "case": Case(**fields["case"])}), entry["result"]
