@@ -44,7 +44,8 @@ class Boundary:
         Returns (group, old id, new id) of every block that moved; the pools have renamed them, nobody else has.
         """
         moves = []
-        lacking, self._lacking = self._lacking, set()
+        lacking = {group for group in self._lacking if not self._has_spare(group)}
+        self._lacking = set()
         if self._layout.partition != "moving":
             return []
         for group in sorted(lacking):
@@ -64,13 +65,17 @@ class Boundary:
     def _fragmented(self, group: int, lacking: set[int]) -> int | None:
         """A group whose free blocks would fill a slab and more, though every slab has a busy one."""
         arena = self._arenas[group]
-        for other, cache in enumerate(self._groups):
-            pool = cache.pool
+        for other in range(len(self._groups)):
             if other in lacking or self._arenas[other] != arena or not self._maps[arena].can_take(other):
                 continue
-            if pool.num_free >= pool.blocks_per_slab + pool.blocks_per_slab // 2 + 1:
+            if self._has_spare(other):
                 return other
         return None
+
+    def _has_spare(self, group: int) -> bool:
+        """Whether a group has free blocks for a slab and more: it may have evicted and does not lack memory now."""
+        pool = self._groups[group].pool
+        return pool.num_free >= pool.blocks_per_slab + pool.blocks_per_slab // 2 + 1
 
     def _hand_over(self, slab: int, giver: int, taker: int) -> None:
         slabs = self._maps[self._arenas[giver]]
