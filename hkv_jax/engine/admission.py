@@ -17,7 +17,7 @@ from collections.abc import Iterator
 
 from hkv_jax.engine.request import Sequence
 from hkv_jax.engine.waiting_queue import WaitingQueue
-from hkv_jax.kvcache.join_points import JoinKind
+from hkv_jax.kvcache.join_point import JoinKind
 from hkv_jax.kvcache.prefix_cache import PrefixCache
 from hkv_jax.kvcache.prefix_match import PrefixUse
 from hkv_jax.kvcache.prefix_tree import Node

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING
 
-from hkv_jax.kvcache.join_points import JoinKind
+from hkv_jax.kvcache.join_point import JoinKind
 from hkv_jax.kvcache.prefix_match import PrefixPath, PrefixUse
 from hkv_jax.kvcache.token_chain import TokenChain
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from hkv_jax.engine.request import Sequence
 
 BEFORE_END_TOKENS = 128
-"""A question may cross into the last blocks of the document before it: join points are left up to so far before the end."""
+"""A question may cross into the last blocks of the document before it: so far before the end join points are left."""
 
 
 @dataclasses.dataclass(slots=True)
@@ -62,10 +62,7 @@ class Prefill:
         """Where the tokens up to ``known_end``, from which nothing is known, are worth joining."""
         size = self.chain.block_size
         last = (known_end - 1) // size * size
-        points = {
-            position: JoinKind.BEFORE_END
-            for position in range(max(size, last - BEFORE_END_TOKENS), last, size)
-        }
+        points = dict.fromkeys(range(max(size, last - BEFORE_END_TOKENS), last, size), JoinKind.BEFORE_END)
         for position in {last, known_end // size * size}:
             points[position] = JoinKind.PROMPT_END
         if use.matched > use.start:
@@ -81,5 +78,3 @@ class Prefill:
         """A checkpoint so far inside the chunk that it must end there: the blocks between would all have to be kept."""
         slack = BEFORE_END_TOKENS + self.chain.block_size
         return min((p for p in self.checkpoints if start < p < end - slack), default=None)
-
-

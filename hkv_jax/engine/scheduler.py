@@ -20,8 +20,8 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from hkv_jax.engine.commit import commit_step
 from hkv_jax.engine.admission import Admission
+from hkv_jax.engine.commit import commit_step
 from hkv_jax.engine.lanes import Lanes
 from hkv_jax.engine.plan import BlockCopy, Chunk, DecodeRows, LaneTables, StepPlan
 from hkv_jax.engine.prefill import Prefill
@@ -30,7 +30,7 @@ from hkv_jax.engine.request import NO_LANE, Request, Sequence, SequenceState
 from hkv_jax.engine.step_result import StepResult
 from hkv_jax.engine.token_event import TokenEvent
 from hkv_jax.errors import RequestError
-from hkv_jax.kvcache.join_points import JoinKind
+from hkv_jax.kvcache.join_point import JoinKind
 from hkv_jax.kvcache.manager import GROWTH_TOKENS, CacheManager, Demand, Fork
 from hkv_jax.kvcache.prefix_match import PrefixUse
 from hkv_jax.outputs import FinishReason
@@ -346,8 +346,8 @@ class Scheduler:
         """Where a chunk from ``start`` ends.
 
         One that does not end the known tokens ends at a multiple of the largest block where it can, so that blocks
-        fill up together; one that passes a join point far from its end ends there. A prompt that several samples share is cut before its last token, which each sample runs by
-        itself.
+        fill up together; one that passes a join point far from its end ends there. A prompt that several samples share
+        is cut before its last token, which each sample runs by itself.
         """
         known = self._known_end(sequence)
         end = min(known, start + min(budget, self.config.max_prefill_chunk))

@@ -14,9 +14,9 @@ from hkv_jax.kvcache.free_blocks import FreeBlocks
 class BlockPool:
     """Blocks of one group. Block ``slab * blocks_per_slab + index`` lies in that slab of the arena.
 
-    A block is *held* by tables (references), *kept* by the prefix cache, or free. It may have a *name*: the prefix cache
-    knows what its tokens are. A free block with a name is *loose*: it can still be found and held again, until it is
-    taken for something new; blank ones are taken first.
+    A block is *held* by tables (references), *kept* by the prefix cache, or free. It may have a *name*: the prefix
+    cache knows what its tokens are. A free block with a name is *loose*: it can still be found and held again, until it
+    is taken for something new; blank ones are taken first.
 
     Invariants. P1: free + cached (kept, not held) + held blocks are exactly those of the pool's slabs, none twice. P2:
     references and keeps of a block are the tables and the parts of the prefix cache that hold it (their owners check

@@ -27,7 +27,7 @@ class Boundary:
         self._maps = [_slab_map(layout, arena) for arena in range(len(layout.arenas))]
 
     def make_room(self, needs: Sequence[int]) -> bool:
-        """Has ``needs[group]`` blocks free in every group; False, perhaps after some evictions, where that cannot be."""
+        """Has ``needs[group]`` blocks free in every group; False, perhaps after evictions, where that cannot be."""
         for group, count in enumerate(needs):
             pool = self._groups[group].pool
             while pool.num_free < count:
@@ -93,8 +93,8 @@ class Boundary:
         givers = []
         for other, cache in enumerate(self._groups):
             pool = cache.pool
-            spare = pool.num_free - pool.blocks_per_slab >= needs[other]
-            if self._arenas[other] == arena and other != group and pool.num_idle_slabs and spare and slabs.can_take(other):
+            shares = self._arenas[other] == arena and other != group and slabs.can_take(other)
+            if shares and pool.num_idle_slabs and pool.num_free - pool.blocks_per_slab >= needs[other]:
                 givers.append(other)
         if not givers:
             return False

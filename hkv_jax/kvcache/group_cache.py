@@ -70,7 +70,9 @@ class GroupCache:
         missing = -(-num_tokens // self.block_size) * self.block_size - table.capacity
         if missing <= 0:
             return 0
-        return missing // self.block_size if self.window is None else min(missing // self.block_size, self.window_blocks)
+        return (
+            missing // self.block_size if self.window is None else min(missing // self.block_size, self.window_blocks)
+        )
 
     def grow(self, lane: int, start: int, end: int, keep_from: int) -> None:
         """Gives the lane room for the chunk ``[start, end)``; there must be enough free blocks."""

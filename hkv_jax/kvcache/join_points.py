@@ -1,7 +1,7 @@
-"""Places where a later request can join a cached prefix, and what each is worth.
+"""Join points: which prefixes are worth keeping, and what goes when memory is short.
 
-Owns: join points, what evicting one would free and cost, and the order of eviction. Must never: allocate blocks, or
-know tables; a block that a table holds is simply not freed.
+Owns: all join points of a tree, what each would free and cost. Must never: allocate blocks, or know tables; a block
+that a table holds is simply not freed.
 
 A join point at p is the tail of sliding blocks before p together with the global blocks that only it needs. Sliding
 blocks of no join point, and global blocks before none, are worth nothing and are free to be taken.
@@ -9,89 +9,15 @@ blocks of no join point, and global blocks before none, are worth nothing and ar
 
 from __future__ import annotations
 
-import dataclasses
-import enum
-import heapq
-import itertools
 from collections.abc import Iterable, Mapping
-from typing import Protocol
 
+from hkv_jax.kvcache.eviction_queue import EvictionOrder, EvictionQueue
 from hkv_jax.kvcache.group_cache import GroupCache
+from hkv_jax.kvcache.join_point import Interest, JoinKind, JoinPoint, Stake
 from hkv_jax.kvcache.prefix_tree import Node, PrefixTree
-
 
 MAX_GHOSTS = 4096
 """Evicted join points that are remembered, to learn how many would have been used."""
-
-
-class JoinKind(enum.Enum):
-    """Why a join point exists.
-
-    PROMPT_END: the last full block of a prompt that leaves a token to compute. BEFORE_END: blocks just before it, since
-    a question may cross into the document's last block. BRANCH: prompts were seen to differ from here on. TURN: the end
-    of what a finished or preempted sequence computed. RUNNING: the last full block of a running one. REST: global
-    blocks without a tail, from which a rebuild still saves work.
-    """
-
-    PROMPT_END = "prompt_end"
-    BEFORE_END = "before_end"
-    BRANCH = "branch"
-    TURN = "turn"
-    RUNNING = "running"
-    REST = "rest"
-
-
-class JoinPoint:
-    """A tail before ``node.end``: ``blocks`` of each sliding group (none in a REST).
-
-    ``last_use`` is in seconds of the cache's clock; ``num_hits`` requests started here, ``num_waiting`` wait to. ``origin`` is what a REST was before. ``lower_end`` is where the next
-    lower join point with a tail lay when this one was made: a REST's worth need not follow every change below it.
-    """
-
-    __slots__ = ("alive", "blocks", "kind", "last_use", "lower_end", "node", "num_hits", "num_waiting", "origin", "version")
-
-    def __init__(self, node: Node, kind: JoinKind, blocks: list[list[int]], now: float) -> None:
-        self.node = node
-        self.kind = kind
-        self.origin = JoinKind.TURN if kind is JoinKind.REST else kind
-        self.blocks = blocks
-        self.last_use = now
-        self.num_hits = 0
-        self.num_waiting = 0
-        self.lower_end = 0
-        self.version = 0
-        self.alive = True
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Stake:
-    """What evicting a join point would do: ``num_tokens`` of work lost if it is used again, ``num_bytes`` freed.
-
-    A block that several join points keep counts for each of them in part: none alone would free it, all together do.
-    """
-
-    num_tokens: float
-    num_bytes: float
-
-
-class EvictionOrder(Protocol):
-    """Which join point goes first: the one with the smallest key. A key must not change while nothing happens to it."""
-
-    def key(self, join: JoinPoint, stake: Stake) -> float:
-        """Its place in the order."""
-        ...
-
-    def chance(self, kind: JoinKind, num_uses: int) -> float:
-        """That a join point of this kind, used so often, is used again."""
-        ...
-
-    def note_made(self, kind: JoinKind, num_uses: int) -> None:
-        """A join point came to have been used so often."""
-        ...
-
-    def note_used(self, kind: JoinKind, num_uses: int) -> None:
-        """One that had been used so often was used, or would have been, had it not been evicted."""
-        ...
 
 
 class JoinPoints:
@@ -109,12 +35,9 @@ class JoinPoints:
         self.released = False  # blocks have left tables since nothing could be evicted
         self._tree, self._groups, self._order = tree, groups, order
         self._rebuild_tokens = rebuild_tokens
-        self._heap: list[tuple[float, int, int, JoinPoint]] = []
-        self._ticket = itertools.count()
+        self._queue = EvictionQueue(order)
         self._block_bytes = [group.layout.format.block_bytes for group in groups]
-        self._node_bytes = sum(
-            self._block_bytes[g] * (tree.block_size // groups[g].block_size) for g in tree.globals
-        )
+        self._node_bytes = sum(self._block_bytes[g] * (tree.block_size // groups[g].block_size) for g in tree.globals)
         self.living: set[JoinPoint] = set()
         self._ghosts: dict[bytes, tuple[JoinKind, int]] = {}
 
@@ -122,7 +45,6 @@ class JoinPoints:
         """A join point at ``node``, or the one there is, as ``kind``; ``None`` where the tail is not whole."""
         join = node.join
         if join is not None and join.kind is not JoinKind.REST:
-            join.last_use = now
             if _RANK[kind] > _RANK[join.kind]:
                 join.kind = join.origin = kind
                 self._order.note_made(kind, join.num_hits)
@@ -140,16 +62,25 @@ class JoinPoints:
             return None
         return self._add(rest)
 
-    def use(self, join: JoinPoint, now: float) -> None:
-        """A request starts at ``join``."""
+    def use(self, node: Node, now: float) -> JoinPoint:
+        """A request starts at ``node``, whose tail is whole."""
+        join = node.join
+        if join is None or join.kind is JoinKind.REST:
+            tail = self._tree.tail(node)
+            assert tail is not None, "a tail was lost between match and admission"
+            found = JoinPoint(node, JoinKind.BRANCH, tail, now)
+            found.num_hits = 1
+            return self._add(found, join)
         if join.kind is JoinKind.RUNNING:
             join.kind = join.origin = JoinKind.TURN
             self._order.note_made(JoinKind.TURN, 0)
         self._order.note_used(join.origin, join.num_hits)
         join.num_hits += 1
         self._order.note_made(join.origin, join.num_hits)
-        join.last_use = now
+        left = join.interest.at(now)
+        join.interest = Interest(now, 1.0, left.heat + 1.0, max(0.0, left.inherited - 1.0))
         self.push(join)
+        return join
 
     def look_for_ghosts(self, digests: Iterable[bytes]) -> None:
         """Learns from the first of ``digests`` at which an evicted join point would have served."""
@@ -173,12 +104,7 @@ class JoinPoints:
 
     def push(self, join: JoinPoint) -> None:
         """Notes that what ``join`` is worth may have changed, or that its blocks may have come free."""
-        join.version += 1
-        key = self._order.key(join, self.stake(join))
-        heapq.heappush(self._heap, (key, next(self._ticket), join.version, join))
-        if len(self._heap) > 4 * len(self.living) + 64:
-            self._heap = [entry for entry in self._heap if entry[3].alive and entry[2] == entry[3].version]
-            heapq.heapify(self._heap)
+        self._queue.push(join, self.stake(join))
 
     def stake(self, join: JoinPoint) -> Stake:
         """What evicting ``join`` alone would free, and the work it saves whoever joins here."""
@@ -214,17 +140,13 @@ class JoinPoints:
         return self._evict_first()
 
     def _evict_first(self) -> bool:
-        while self._heap:
-            key, _, version, join = heapq.heappop(self._heap)
-            if not join.alive or version != join.version:
-                continue
+        while (popped := self._queue.pop()) is not None:
+            join, key = popped
             stake = self.stake(join)
             if not stake.num_bytes:
-                join.version += 1  # it comes back when its blocks are released
-                continue
-            current = self._order.key(join, stake)
-            if current > key + 1e-9 and self._heap and current > self._heap[0][0]:
-                heapq.heappush(self._heap, (current, next(self._ticket), join.version, join))
+                continue  # it comes back when its blocks are released
+            if self._order.key(join, stake) > key + 1e-9:
+                self._queue.push(join, stake)
                 continue
             self._evict(join)
             return True
@@ -278,18 +200,18 @@ class JoinPoints:
         assert at is not None
         leaves_rest = rebuild is not None and at.blocks and at.need == 1 and at.end - lower_end > rebuild
         if leaves_rest and (at is node or at.join is None):
-            rest = JoinPoint(at, JoinKind.REST, [], join.last_use)
+            rest = JoinPoint(at, JoinKind.REST, [], 0.0)
             rest.num_hits, rest.lower_end, rest.origin = join.num_hits, lower_end, join.origin
+            rest.interest = join.interest
             self._add(rest, join)
         else:
             self._bury(join)
             self._push_needed(node)
         if below is not None:
-            # Whoever would have joined here will now join below.
-            below.last_use = max(below.last_use, join.last_use)
-            chance = self._order.chance
-            if chance(join.origin, join.num_hits) > chance(below.origin, below.num_hits):
-                below.origin, below.num_hits = join.origin, join.num_hits
+            now = max(join.interest.since, below.interest.since)
+            gone, heir = join.interest.at(now), below.interest.at(now)
+            heir.inherited += gone.expected(self._order.chance(join.origin, join.num_hits))
+            below.interest = heir
             self.push(below)
 
     def _push_needed(self, node: Node) -> None:
@@ -311,7 +233,7 @@ class JoinPoints:
         self._tree.on_change(join.node)
         self.living.add(join)
         if join.kind not in (JoinKind.REST, JoinKind.RUNNING):
-            self._order.note_made(join.kind, 0)
+            self._order.note_made(join.kind, join.num_hits)
         self.push(join)
         return join
 
@@ -325,6 +247,9 @@ class JoinPoints:
         self._tree.on_change(join.node)
 
 
-_RANK = {kind: rank for rank, kind in enumerate(
-    (JoinKind.REST, JoinKind.RUNNING, JoinKind.BEFORE_END, JoinKind.PROMPT_END, JoinKind.TURN, JoinKind.BRANCH)
-)}
+_RANK = {
+    kind: rank
+    for rank, kind in enumerate(
+        (JoinKind.REST, JoinKind.RUNNING, JoinKind.BEFORE_END, JoinKind.PROMPT_END, JoinKind.TURN, JoinKind.BRANCH)
+    )
+}

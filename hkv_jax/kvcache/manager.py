@@ -14,13 +14,12 @@ from numpy.typing import NDArray
 
 from hkv_jax.kvcache.boundary import Boundary
 from hkv_jax.kvcache.group_cache import GroupCache
-from hkv_jax.kvcache.join_points import JoinKind
+from hkv_jax.kvcache.join_point import JoinKind
 from hkv_jax.kvcache.layout import KVLayout
 from hkv_jax.kvcache.policy import CachePolicy
 from hkv_jax.kvcache.prefix_cache import PrefixCache
 from hkv_jax.kvcache.prefix_match import NO_PREFIX, PrefixPath, PrefixUse
 from hkv_jax.kvcache.token_chain import TokenChain
-
 
 GROWTH_TOKENS = 256
 """Tokens a running sequence is assumed to draw yet when the next is admitted."""
@@ -77,8 +76,8 @@ class CacheManager:
     the prefix cache.
 
     Invariants. A1, P1-P3, T1-T3, X1-X3, J1: see ``SlabMap``, ``BlockPool``, ``BlockTable``, ``PrefixTree``,
-    ``JoinPoints``. M1: ``extend`` gives room in all groups or in none. M2: a closed lane holds nothing. M3: in a sliding
-    group a lane holds at most ``most_window_blocks`` blocks, those for join points within its chunk not counted.
+    ``JoinPoints``. M1: ``extend`` gives room in all groups or in none. M2: a closed lane holds nothing. M3: in a
+    sliding group a lane holds at most ``most_window_blocks`` blocks; those for join points in its chunk do not count.
     """
 
     def __init__(self, layout: KVLayout, num_lanes: int, policy: CachePolicy | None = None) -> None:
@@ -184,7 +183,7 @@ class CacheManager:
         return False
 
     def record(self, lane: int, chain: TokenChain, num_tokens: int, joins: Mapping[int, JoinKind]) -> None:
-        """The step that computes the lane's first ``num_tokens`` tokens is planned: later ones may find its full blocks.
+        """The step that computes the lane's first ``num_tokens`` tokens is planned: later ones may find full blocks.
 
         ``joins`` are the positions, multiples of P_max, where join points are to be.
         """
@@ -344,4 +343,3 @@ class CacheManager:
 
     def _refresh(self, lane: int) -> None:
         self.watermarks[lane] = self._watermark(lane)
-

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from hkv_jax.kvcache.join_points import EvictionOrder
+from hkv_jax.kvcache.eviction_queue import EvictionOrder
 from hkv_jax.kvcache.worth import WorthOrder
 
 

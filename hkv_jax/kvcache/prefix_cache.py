@@ -11,7 +11,8 @@ from collections.abc import Mapping
 
 from hkv_jax.kvcache.block_table import HOLE
 from hkv_jax.kvcache.group_cache import GroupCache
-from hkv_jax.kvcache.join_points import JoinKind, JoinPoint, JoinPoints
+from hkv_jax.kvcache.join_point import JoinKind, JoinPoint
+from hkv_jax.kvcache.join_points import JoinPoints
 from hkv_jax.kvcache.policy import CachePolicy
 from hkv_jax.kvcache.prefix_match import PrefixPath, PrefixUse
 from hkv_jax.kvcache.prefix_tree import Node, PrefixTree
@@ -77,7 +78,7 @@ class PrefixCache:
         join.num_waiting += change
         if join.alive:
             if change > 0:
-                join.last_use = max(join.last_use, self.now)
+                join.interest = join.interest.at(self.now)
             self.joins.push(join)
 
     def loaded_blocks(self, path: PrefixPath, use: PrefixUse) -> list[list[int]]:
@@ -105,12 +106,10 @@ class PrefixCache:
         self._lanes[lane] = state
         if path is not None:
             digests = path.chain.digests
-            self.joins.look_for_ghosts(digests[i] for i in range(path.limit - 1, use.start // self.block_size - 1, -1))
+            past = range(path.limit - 1, use.start // self.block_size - 1, -1)
+            self.joins.look_for_ghosts(digests[i] for i in past)
         if path is not None and use.start and not use.context_start and self.policy.checkpoints:
-            join = self.joins.create(self._node_at(path, use.start), JoinKind.RUNNING, self.now)
-            assert join is not None, "a tail was lost between match and admission"
-            self.joins.use(join, self.now)
-            state.joins.append(join)
+            state.joins.append(self.joins.use(self._node_at(path, use.start), self.now))
 
     def record(self, lane: int, chain: TokenChain, num_tokens: int) -> None:
         """Puts the full blocks of the lane's first ``num_tokens`` tokens into the tree; their step is dispatched.
@@ -206,7 +205,7 @@ class PrefixCache:
             for index, known in enumerate(listed):
                 number = first + index
                 block = table.id_of(number)
-                if block == HOLE or block == known:
+                if block in (HOLE, known):
                     continue
                 if known == HOLE:
                     exact = number >= state.exact_blocks[group] and table.is_whole(number)

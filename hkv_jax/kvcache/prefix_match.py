@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from hkv_jax.kvcache.join_points import JoinKind
+from hkv_jax.kvcache.join_point import JoinKind
 from hkv_jax.kvcache.prefix_tree import Node, PrefixTree
 from hkv_jax.kvcache.token_chain import TokenChain
 from hkv_jax.outputs import PrefixHit

@@ -16,7 +16,7 @@ from hkv_jax.kvcache.block_table import HOLE
 from hkv_jax.kvcache.group_cache import GroupCache
 
 if TYPE_CHECKING:
-    from hkv_jax.kvcache.join_points import JoinPoint
+    from hkv_jax.kvcache.join_point import JoinPoint
 
 
 class Node:
@@ -47,7 +47,8 @@ class Node:
 class PrefixTree:
     """All nodes.
 
-    ``on_insert(digest)`` and ``on_change(node)`` (dropped, or its join point came or went) tell whoever waits for a prefix.
+    ``on_insert(digest)`` and ``on_change(node)`` (dropped, or its join point came or went) tell whoever waits for a
+    prefix.
 
     Invariants. X1: a block has a name exactly where one node lists it. X2: in a model with global layers every node
     but the root lists all its global blocks. X3: ``need`` counts as it says, and the global blocks of a needed node

@@ -7,10 +7,7 @@ from __future__ import annotations
 
 import math
 
-from hkv_jax.kvcache.join_points import JoinKind, JoinPoint, Stake
-
-HALF_LIFE_SECONDS = 10.0
-"""A join point left alone for so long is half as likely to be used again."""
+from hkv_jax.kvcache.join_point import HALF_LIFE_SECONDS, JoinKind, JoinPoint, Stake
 
 PRIOR = {
     JoinKind.PROMPT_END: 0.3,
@@ -29,8 +26,8 @@ MEMORY = 256.0
 MAX_USES = 3
 """Join points used more often than this are counted with those used so often."""
 
-WAITING_BONUS = 3.0
-"""Half-lives by which a join point that a waiting request will start from is worth more."""
+WAITING_WEIGHT = 8.0
+"""Uses that a waiting request counts for: it comes for certain, and soon."""
 
 
 class WorthOrder:
@@ -45,7 +42,9 @@ class WorthOrder:
     def __init__(self) -> None:
         uses = range(MAX_USES + 1)
         self._made = {(kind, n): PRIOR_WEIGHT for kind in PRIOR for n in uses}
-        self._used = {(kind, n): PRIOR_WEIGHT * (1 - (1 - chance) * 0.5**n) for kind, chance in PRIOR.items() for n in uses}
+        self._used = {
+            (kind, n): PRIOR_WEIGHT * (1 - (1 - chance) * 0.5**n) for kind, chance in PRIOR.items() for n in uses
+        }
 
     def chance(self, kind: JoinKind, num_uses: int) -> float:
         """That a join point of this kind, used so often, is used again."""
@@ -56,14 +55,10 @@ class WorthOrder:
         """The base-2 logarithm of tokens saved per byte, at time 0."""
         if not stake.num_bytes:
             return math.inf
-        if not stake.num_tokens:
+        uses = join.interest.expected(self.chance(join.origin, join.num_hits)) + join.num_waiting * WAITING_WEIGHT
+        if not stake.num_tokens or uses <= 0:
             return -math.inf
-        if join.num_waiting:
-            return math.log2(stake.num_tokens / stake.num_bytes) + (join.last_use / HALF_LIFE_SECONDS + WAITING_BONUS)
-        chance = self.chance(join.origin, join.num_hits)
-        if chance <= 0:
-            return -math.inf
-        return math.log2(chance * stake.num_tokens / stake.num_bytes) + join.last_use / HALF_LIFE_SECONDS
+        return math.log2(uses * stake.num_tokens / stake.num_bytes) + join.interest.since / HALF_LIFE_SECONDS
 
     def note_made(self, kind: JoinKind, num_uses: int) -> None:
         """A join point came to have been used so often."""

@@ -17,13 +17,9 @@ from tools.cache_simulation.model_geometry import ModelGeometry
 class LeastRecentlyUsed:
     """Evicts what was used longest ago, whatever it would save or free."""
 
-    def value(self, join: JoinPoint, stake: Stake) -> float:
-        """All alike."""
-        return 0.0
-
-    def half_life(self, join: JoinPoint) -> float:
-        """All alike, so that only the last use counts."""
-        return 1.0
+    def key(self, join: JoinPoint, stake: Stake) -> float:
+        """When it was used last."""
+        return join.interest.since
 
     def chance(self, kind: JoinKind, num_uses: int) -> float:
         """All alike."""
@@ -32,7 +28,7 @@ class LeastRecentlyUsed:
     def note_made(self, kind: JoinKind, num_uses: int) -> None:
         """Nothing is learned."""
 
-    def note_used(self, kind: JoinKind, num_uses: int, idle_seconds: float) -> None:
+    def note_used(self, kind: JoinKind, num_uses: int) -> None:
         """Nothing is learned."""
 
 
