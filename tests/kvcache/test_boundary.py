@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
 import pytest
 
 from hkv_jax.kvcache.layout import plan_layout
-from hkv_jax.testing.cache_layouts import tiny_layout_request
+from hkv_jax.kvcache.policy import CachePolicy
+from hkv_jax.testing.cache_layouts import tiny_group, tiny_layout_request
 from hkv_jax.testing.cached_sequences import CachedSequences
 
 GLOBAL, SLIDING = 0, 1
@@ -26,10 +28,14 @@ def slabs(cached: CachedSequences) -> list[int]:
 
 def fill(cached: CachedSequences, lane: int, num_tokens: int, first: int = 0, chunk: int = 32) -> bool:
     """Runs a prompt that nobody else has, chunk by chunk, while there is room."""
-    cached.open(lane, [1000 * lane + first + token for token in range(num_tokens)])
+    tokens = [1000 * lane + first + token for token in range(num_tokens)]
+    cached.open(lane, tokens)
+    chain = cached.path(tokens).chain
     for start in range(0, num_tokens, chunk):
         if not cached.cache.extend(lane, start, min(num_tokens, start + chunk)):
             return False
+        cached.ends[lane] = min(num_tokens, start + chunk)
+        cached.cache.record(lane, chain, cached.ends[lane], {})
         cached.cache.check_invariants()
     return True
 
@@ -57,6 +63,16 @@ def test_nobody_goes_below_their_reserve(short: int, other: int, expected: int) 
     assert slabs(cached)[other] == reserves[other] < before[other]
     assert sum(slabs(cached)) == sum(before)
     cached.check()
+
+
+def test_a_static_boundary_does_not_move_within_an_arena_either() -> None:
+    windows = [tiny_group(16), tiny_group(24)]
+    groups = (tiny_group(None), *(dataclasses.replace(each, name=f"sliding_w{each.window}") for each in windows))
+    for partition in ("static", "moving"):
+        cached = make(partition, groups=groups, block_sizes={"global": 8, "sliding": 4}, budget_bytes=80_000)
+        assert len(cached.cache.layout.arenas) == (2 if partition == "static" else 1)
+        assert not cached.cache._boundary.make_room([0, 1000, 0])
+        assert (cached.cache.num_slabs_moved > 0) == (partition == "moving")
 
 
 def test_nobody_gives_what_they_need_themselves() -> None:
@@ -107,6 +123,8 @@ def test_what_lives_is_gathered_for_those_that_lacked_memory() -> None:
     for lane in range(0, 26, 2):
         cached.cache.close(lane)
         cached.ends.pop(lane)
+    assert cached.cache.gather() == ([], []), "nobody lacks anything now"
+    assert not all(fill(cached, lane, 128, chunk=8) for lane in range(0, 26, 2))
     before = {lane: cached.cache.table_rows(lane) for lane in cached.ends}
     held, owned = cached.used(), slabs(cached)
     moved = cached.cache.num_slabs_moved
@@ -157,41 +175,56 @@ def test_one_sequence_of_any_length_always_has_room(partition: str) -> None:
     assert (cached.cache.num_slabs_moved > 0) == (partition == "moving")
 
 
-def test_traffic_that_alternates_moves_no_more_than_it_needs() -> None:
-    cached = CachedSequences(
-        plan_layout(tiny_layout_request(budget_bytes=60_000, expected_average_seq_length=16)), num_lanes=20
-    )
-    per_turn = []
-    for turn in range(12):
-        moved = cached.cache.num_slabs_moved
-        lengths = [128] * 3 if turn % 2 else [12] * 12
-        lanes = [lane for lane, length in enumerate(lengths) if fill(cached, lane, length, first=turn)]
-        assert len(lanes) == len(lengths)
-        for lane in range(len(lengths)):
-            cached.cache.close(lane)
-            cached.ends.pop(lane)
-        per_turn.append(cached.cache.num_slabs_moved - moved)
-    # Both kinds of turn fit at once: after the first of each the slabs lie where either has enough.
-    assert sum(per_turn[:2]) > 0
-    assert sum(per_turn[2:]) == 0
+def alternate(policy: CachePolicy, budget_bytes: int, turns: int = 12) -> list[tuple[int, int, int]]:
+    """Turns of three long sequences and of twelve short ones, none of which comes again.
 
-
-def test_turns_that_do_not_fit_at_once_move_what_they_lack_and_no_more() -> None:
-    cached = CachedSequences(
-        plan_layout(tiny_layout_request(budget_bytes=30_000, expected_average_seq_length=16)), num_lanes=20
-    )
-    total = sum(slabs(cached))
-    per_turn = []
-    for turn in range(12):
-        before, moved = slabs(cached), cached.cache.num_slabs_moved
-        for lane in range(20):
-            if not fill(cached, lane, 128 if turn % 2 else 12, first=turn):
-                break
-        net = abs(slabs(cached)[GLOBAL] - before[GLOBAL])
-        per_turn.append((cached.cache.num_slabs_moved - moved, net))
+    Returns of each turn how many slabs moved, by how many the boundary is another then, and how many slabs the blocks
+    taken would fill.
+    """
+    layout = plan_layout(tiny_layout_request(budget_bytes=budget_bytes, expected_average_seq_length=16))
+    cached = CachedSequences(layout, policy, num_lanes=20)
+    result = []
+    for turn in range(turns):
+        moved, before, taken = cached.cache.num_slabs_moved, slabs(cached), 0
+        for lane, length in enumerate([128] * 3 if turn % 2 else [12] * 12):
+            assert fill(cached, lane, length, first=200 * turn)
+            per_slab = [group.block_size * group.layout.blocks_per_slab for group in cached.cache._groups]
+            taken += sum(-(-length // num_tokens) for num_tokens in per_slab)
         for lane in list(cached.ends):
-            cached.cache.close(lane)
-            cached.ends.pop(lane)
-    assert all(moves == net for moves, net in per_turn), "a slab went back and forth within a turn"
-    assert any(net for _, net in per_turn)
-    assert all(net < total for _, net in per_turn)
+            cached.close(lane)
+        net = abs(slabs(cached)[GLOBAL] - before[GLOBAL])
+        result.append((cached.cache.num_slabs_moved - moved, net, taken))
+    return result
+
+
+def test_traffic_that_alternates_moves_the_boundary_once_where_both_kinds_fit() -> None:
+    turns = alternate(CachePolicy(enabled=False), 60_000)
+    assert sum(moves for moves, _, _ in turns[:2]) > 0
+    assert sum(moves for moves, _, _ in turns[2:]) == 0
+
+
+def test_no_slab_goes_back_and_forth_within_a_turn() -> None:
+    turns = alternate(CachePolicy(enabled=False), 46_000)
+    assert all(moves == net for moves, net, _ in turns)
+
+
+def test_whoever_had_to_evict_gives_what_it_has_too_much_of_since() -> None:
+    layout = plan_layout(tiny_layout_request(budget_bytes=46_000, expected_average_seq_length=16))
+    cached = CachedSequences(layout, num_lanes=20)
+    for turn in range(12):
+        for lane, length in enumerate([128] * 3 if turn % 2 else [12] * 12):
+            if not fill(cached, lane, length, first=200 * turn):
+                # What lives lies scattered. It all fits: without a cache it did.
+                start = cached.ends[lane]
+                assert cached.cache.gather()[0]
+                for begin in range(start, length, 32):
+                    assert cached.cache.extend(lane, begin, min(length, begin + 32))
+                cached.ends[lane] = length
+        for lane in list(cached.ends):
+            cached.close(lane)
+
+
+def test_what_is_kept_for_later_makes_the_boundary_move_no_more_than_memory_is_taken() -> None:
+    turns = alternate(CachePolicy(), 60_000)
+    assert all(moves <= taken for moves, _, taken in turns)
+    assert any(moves for moves, _, _ in turns[2:]), "all memory is in use: whoever lacks some takes it from the other"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 from hkv_jax.kvcache.block_table import HOLE
 from hkv_jax.kvcache.format import NO_SLOT
 from hkv_jax.kvcache.join_points import JoinKind
-from hkv_jax.kvcache.layout import plan_layout
+from hkv_jax.kvcache.layout import least_bytes, plan_layout
 from hkv_jax.kvcache.policy import CachePolicy
 from hkv_jax.kvcache.prefix_match import PrefixUse
 from hkv_jax.outputs import PrefixHit
@@ -102,8 +103,9 @@ def test_polluted_blocks_are_never_found_however_the_zone_is_cut() -> None:
             cached.run(0, end)
         last = cached.prefixes.tree.find(cached.path(prompt).chain.digests[7])
         assert last is not None
-        assert last.blocks[SLIDING][0] == HOLE, chunks
+        assert [block == HOLE for block in last.blocks[SLIDING]] == [True, False], chunks
         cached.close(0)
+        assert cached.use_of(prompt) == PrefixUse(64, 64, PrefixHit.RESIDENT, 0)
 
 
 def test_a_zone_left_in_the_middle_leaves_nothing_wrong() -> None:
@@ -172,6 +174,34 @@ def test_a_running_sequence_keeps_its_last_full_block_and_gives_up_the_one_befor
     cached.run(0, 32, {32: JoinKind.RUNNING})
     # Somebody has joined at 24: it is worth keeping.
     assert sorted(join.node.end for join in cached.prefixes.joins.living) == [24, 32]
+
+
+def test_a_tail_within_a_chunk_is_kept_where_somebody_will_join() -> None:
+    cached = make()
+    cached.open(0, PROMPT)
+    cached.run(0, 32, {16: JoinKind.TURN})
+    assert cached.use_of(PROMPT[:17]) == PrefixUse(16, 16, PrefixHit.RESIDENT, 0)
+    without = make()
+    without.open(0, PROMPT)
+    without.run(0, 32)
+    assert without.use_of(PROMPT[:17]).start < 16
+    # What is kept beyond the window leaves the table with the next chunk, and stays for others.
+    cached.run(0, 40)
+    held = cached.used()
+    without.run(0, 40)
+    assert held == without.used()
+    assert cached.use_of(PROMPT[:17]).start == 16
+
+
+def test_a_tail_that_memory_does_not_allow_stops_nobody() -> None:
+    request = tiny_layout_request(groups=GROUPS, partition="static")
+    layout = plan_layout(dataclasses.replace(request, budget_bytes=least_bytes(request)))
+    cached = CachedSequences(layout)
+    assert layout.groups[SLIDING].num_blocks < 7
+    cached.open(0, PROMPT)
+    cached.run(0, 32, {8: JoinKind.TURN})
+    assert cached.prefixes.joins.living == set()
+    cached.run(0, 64)
 
 
 def test_samples_that_share_a_prompt_share_what_is_found() -> None:

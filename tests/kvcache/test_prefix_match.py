@@ -123,11 +123,12 @@ def test_where_no_layer_sees_everything_the_longest_prefix_with_a_tail_is_used()
     path = path_of(NAME)
     path.refresh(planted.tree)
     assert path.choose(planted.tree, None) == PrefixUse(64, 64, PrefixHit.RESIDENT, 0)
-    planted.forget(0, node.blocks[0][0])
-    third = planted.find("abc")
-    assert third is not None
-    planted.forget(0, third.blocks[0][0])
+    for name in ("abc", "abcdefg"):
+        lost = planted.find(name)
+        assert lost is not None
+        planted.forget(0, lost.blocks[0][0])
     path.refresh(planted.tree)
-    # "abc" is lost, but no later tail needs it.
-    assert path.choose(planted.tree, None) == PrefixUse(56, 56, PrefixHit.RESIDENT, 0)
-    assert [n.end for n in path.nodes] == [56]
+    # The last block is still there and of no use without the one before; "abc" is lost, and no later tail needs it.
+    assert node.alive
+    assert path.choose(planted.tree, None) == PrefixUse(48, 48, PrefixHit.RESIDENT, 0)
+    assert [n.end for n in path.nodes] == [48]
