@@ -26,8 +26,8 @@ POOL_BYTES = 40 * 2**20
 BESIDE_BYTES = 16 * 2**20
 """Bytes of vector memory for everything else: queries, outputs, what the compiler spills."""
 
-SMALL_ROW_BYTES = 2**19
-"""A window shorter than this arrives before one computation's latencies are over: two are computed together."""
+TOGETHER = ((2**19, 4), (2**21, 2))
+"""Windows below so many bytes arrive before one computation's latencies are over: so many are computed together."""
 
 SCORE_BYTES = 2**17
 """Bytes of scores of one tile, in float32: half of the vector registers."""
@@ -61,7 +61,7 @@ def window_tiles(shape: AttentionShape, dtype: jnp.dtype) -> WindowTiles | None:
     row_bytes = shape.table_width * page_bytes(shape, dtype)
     if 2 * row_bytes > POOL_BYTES:
         return None
-    together = 2 if row_bytes < SMALL_ROW_BYTES else 1
+    together = next((count for most, count in TOGETHER if row_bytes < most), 1)
     sequences = max(2 * together, min(8 if together > 1 else 4, POOL_BYTES // row_bytes))
     chosen = WindowTiles(sequences, together, heads_per_product(shape))
     return dataclasses.replace(chosen, **_overrides("windowed_decode", shape))

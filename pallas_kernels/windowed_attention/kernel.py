@@ -156,12 +156,12 @@ def _program(tile: WindowTile, arrays: Arrays, mover: _Mover) -> None:
     def _attend() -> None:
         for first in range(0, tile.sequences, tile.together):
             gang = rows[first : first + tile.together]
+            scored = []
             for row in gang:
                 mover.wait_fetched(row)
-            # One basic block from here to the next wait.
-            for row in gang:
+                # One basic block from here to the next wait.
                 mover.fetch_ahead(row)
-            scored = [_score(tile, row, arrays, mover.buffers) for row in gang]
+                scored.append(_score(tile, row, arrays, mover.buffers))
 
             # The compiler puts what nothing waits for, such as the start of copies, at the end of a basic block: this
             # one ends here, where products still go on beside it.

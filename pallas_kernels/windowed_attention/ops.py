@@ -110,8 +110,9 @@ def _tile(shape: AttentionShape, inputs: DecodeInputs) -> WindowTile | None:
     if tiles is None:
         return None
     # A few rows need no more places than they are.
-    whole = -(-inputs.queries.shape[0] // tiles.together) * tiles.together
-    sequences = max(2 * tiles.together, min(tiles.sequences, whole))
+    num_rows = inputs.queries.shape[0]
+    together = min(tiles.together, num_rows)
+    sequences = max(2 * together, min(tiles.sequences, -(-num_rows // together) * together))
     compute = jnp.dtype(jnp.promote_types(inputs.queries.dtype, dtype))
     heads = HeadLayout(shape, tiles.heads_per_product)
-    return WindowTile(heads, sequences, tiles.together, dtype, compute, write_rows(dtype))
+    return WindowTile(heads, sequences, together, dtype, compute, write_rows(dtype))
