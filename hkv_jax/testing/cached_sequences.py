@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from hkv_jax.kvcache.join_points import JoinKind
+from hkv_jax.kvcache.join_point import JoinKind
 from hkv_jax.kvcache.layout import KVLayout
 from hkv_jax.kvcache.manager import CacheManager
 from hkv_jax.kvcache.policy import CachePolicy

@@ -53,7 +53,7 @@ class Grove(PlantedPrefixes):
         return join
 
     def evict(self) -> bool:
-        return self.joins.evict(self.now)
+        return self.joins.evict()
 
     def kept(self, name: str) -> list[list[int]]:
         """By group, how often each block of the prefix's last node is kept."""
@@ -151,7 +151,6 @@ def test_there_is_one_at_a_place_and_its_kind_only_rises() -> None:
         assert grove.join("ab", kind) is join
         kinds.append(join.kind)
     assert kinds == [JoinKind.BEFORE_END, JoinKind.BRANCH, JoinKind.BRANCH]
-    assert join.last_use == 4.0
     assert grove.num_cached() == [2, 4]
     grove.joins.remove(join)
     grove.joins.remove(join)

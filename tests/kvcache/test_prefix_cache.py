@@ -10,7 +10,7 @@ import pytest
 
 from hkv_jax.kvcache.block_table import HOLE
 from hkv_jax.kvcache.format import NO_SLOT
-from hkv_jax.kvcache.join_points import JoinKind
+from hkv_jax.kvcache.join_point import JoinKind
 from hkv_jax.kvcache.layout import least_bytes, plan_layout
 from hkv_jax.kvcache.policy import CachePolicy
 from hkv_jax.kvcache.prefix_match import PrefixUse

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from hkv_jax.kvcache.join_points import JoinKind, JoinPoint
+from hkv_jax.kvcache.join_point import JoinKind, JoinPoint
 from hkv_jax.kvcache.layout import plan_layout
 from hkv_jax.kvcache.prefix_match import NO_PREFIX, PrefixPath, PrefixUse
 from hkv_jax.kvcache.token_chain import TokenChain
