@@ -6,6 +6,7 @@ cached block is worth more than another.
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Callable, Iterable, Sequence
 
 from hkv_jax.kvcache.free_blocks import FreeBlocks
@@ -39,6 +40,7 @@ class BlockPool:
         self._busy = [0] * num_slabs  # held or kept blocks of each slab
         self._held = [0] * num_slabs  # held blocks of each slab
         self._idle_slabs: set[int] = set()  # slabs of the pool without a busy block
+        self._highest_idle: list[int] = []  # their negatives as a heap; those that are idle no more are passed over
         self.num_held_slabs = 0
         self.num_held = 0
         self.num_cached = 0
@@ -175,7 +177,7 @@ class BlockPool:
         if slab in self._slabs:
             raise ValueError(f"slab {slab} is in the pool already")
         self._slabs.add(slab)
-        self._idle_slabs.add(slab)
+        self._make_idle(slab)
         for block in self._blocks_of(slab):
             self._blank.add(block)
 
@@ -183,7 +185,9 @@ class BlockPool:
         """Gives up the highest slab whose blocks are all free; ``None`` when every slab has a busy one."""
         if not self._idle_slabs:
             return None
-        slab = max(self._idle_slabs)
+        while -self._highest_idle[0] not in self._idle_slabs:
+            heapq.heappop(self._highest_idle)
+        slab = -heapq.heappop(self._highest_idle)
         for block in self._blocks_of(slab):
             if self._named[block]:
                 self._named[block] = 0
@@ -274,6 +278,12 @@ class BlockPool:
         self.on_forget(block)
         return block
 
+    def _make_idle(self, slab: int) -> None:
+        self._idle_slabs.add(slab)
+        heapq.heappush(self._highest_idle, -slab)
+        if len(self._highest_idle) > 4 * len(self._idle_slabs) + 64:
+            self._highest_idle = sorted(-idle for idle in self._idle_slabs)
+
     def _make_busy(self, block: int) -> None:
         slab = block // self.blocks_per_slab
         self._busy[slab] += 1
@@ -292,7 +302,7 @@ class BlockPool:
         slab = block // self.blocks_per_slab
         self._busy[slab] -= 1
         if not self._busy[slab]:
-            self._idle_slabs.add(slab)
+            self._make_idle(slab)
         (self._loose if self._named[block] else self._blank).add(block)
 
 
