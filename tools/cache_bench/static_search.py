@@ -10,7 +10,7 @@ import itertools
 from tools.cache_bench.cases import Case, Result, Run
 from tools.cache_bench.results import Results
 
-FIRST_SHARES = 8
+FIRST_SHARES = 7
 REFINEMENTS = 2
 
 
