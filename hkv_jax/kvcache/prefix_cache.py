@@ -26,7 +26,8 @@ class _LanePrefix:
 
     ``node``: the last block of its tokens that is in the tree. ``exact_blocks``: by group, the first block number whose
     sliding K/V is what a cold run would have computed. ``zone``: nodes of cached tokens that it computes again, last
-    first. ``joins``: the join points it made or started from. ``running``: the one at its last full block.
+    first. ``joins``: the join points it made or started from. ``running``: the one at its last full block. ``passed``:
+    all windows of the lane have left the tails of join points up to there.
     """
 
     node: Node
@@ -34,6 +35,7 @@ class _LanePrefix:
     zone: list[Node]
     joins: list[JoinPoint] = dataclasses.field(default_factory=list)
     running: JoinPoint | None = None
+    passed: int = 0
 
 
 class PrefixCache:
@@ -51,6 +53,7 @@ class PrefixCache:
             self.rebuild_tokens = receptive_tokens(specs, [group.block_size for group in groups])
         self.joins = JoinPoints(self.tree, groups, policy.order, self.rebuild_tokens)
         self._groups = groups
+        self._widest_window = max((group.window for group in groups if group.window is not None), default=1)
         self._lanes: dict[int, _LanePrefix] = {}
 
     def choose(self, path: PrefixPath) -> PrefixUse:
@@ -150,9 +153,15 @@ class PrefixCache:
         if join not in state.joins:
             state.joins.append(join)
 
-    def note_released(self, lane: int) -> None:
-        """Blocks that the lane's join points keep have left its tables."""
-        self.push(self._lanes[lane].joins)
+    def note_released(self, lane: int, position: int) -> None:
+        """Blocks that no token of the lane from ``position`` on sees, and that join points keep, have left its tables.
+
+        A join point is worth a new look once its whole tail has left; looking at each block would cost every step.
+        """
+        state = self._lanes[lane]
+        passed = position - self._widest_window + 1
+        self.push([join for join in state.joins if state.passed < join.node.end <= passed])
+        state.passed = passed
 
     def follow(self, source: int, target: int) -> None:
         """Lane ``target`` has taken over the tokens of ``source``."""
