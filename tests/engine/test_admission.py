@@ -51,6 +51,36 @@ def test_whose_prefix_is_cached_goes_before_those_that_came_earlier() -> None:
     assert names(driven.plan()) == ["other"]
 
 
+def test_what_is_cached_since_it_came_counts() -> None:
+    driven = HandDriven(ALONE)
+    driven.add("first", [*DOCUMENT, 1], max_tokens=1)
+    plans = [driven.plan()]
+    driven.add("other", 30, max_tokens=1)
+    driven.add("since", [*DOCUMENT, 2], max_tokens=1)
+    while (plan := driven.try_plan()) is not None:
+        driven.commit(plans[-1])
+        plans.append(plan)
+    assert [name for plan in plans for name in names(plan)] == ["first", "since", "other"]
+
+
+def test_what_was_evicted_since_it_came_does_not_count() -> None:
+    driven = with_document(dataclasses.replace(ALONE, max_num_batched_tokens=8))
+    driven.add("busy", 9, max_tokens=1)
+    plan = driven.plan()
+    driven.add("other", 30, max_tokens=1)
+    driven.add("was cached", [*DOCUMENT, 2], max_tokens=1)
+    for join in list(driven.cache.prefixes.joins.living):
+        driven.cache.prefixes.joins.remove(join)
+    for group in driven.cache._groups:
+        group.pool.release(group.pool.allocate(group.pool.num_free) or [])
+    driven.commit(plan)
+    order = names(plan)
+    while (later := driven.try_plan()) is not None:
+        order += names(later)
+        driven.commit(later)
+    assert order == ["busy", "other", "was cached"]
+
+
 def test_a_little_that_is_cached_makes_nobody_first() -> None:
     driven = with_document(ALONE)
     driven.add("other", 30, max_tokens=1)
@@ -259,10 +289,10 @@ def counted_calls(act: Callable[[], Result]) -> tuple[int, Result]:
     return count, result
 
 
-def busy(num_waiting: int, max_num_seqs: int) -> HandDriven:
+def busy(num_waiting: int, max_num_seqs: int, max_prefix_wait_seconds: float = 30.0) -> HandDriven:
     """Two long generations; whoever waits lacks a lane or blocks."""
     config = dataclasses.replace(BASE, max_num_seqs=max_num_seqs, kv_cache_memory=36 * 1024, max_num_batched_tokens=32)
-    driven = HandDriven(config)
+    driven = HandDriven(dataclasses.replace(config, max_prefix_wait_seconds=max_prefix_wait_seconds))
     for name in ("a", "b"):
         driven.add(name, 40)
         driven.commit(driven.plan())
@@ -293,8 +323,8 @@ def test_a_step_costs_the_same_however_many_wait(max_num_seqs: int) -> None:
     assert many <= 1.1 * few + 16
 
 
-def test_matches_are_revised_a_few_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    driven = busy(300, 2)
+def revisions(driven: HandDriven, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many matches each step revises while somebody computes the document that all others wait to ask about."""
     revised: list[PrefixPath] = []
     choose = PrefixCache.choose
 
@@ -303,13 +333,22 @@ def test_matches_are_revised_a_few_a_step(monkeypatch: pytest.MonkeyPatch) -> No
         return choose(self, path)
 
     monkeypatch.setattr(PrefixCache, "choose", counting)
-    # All wait for the same document, which somebody computes now: every match changes with each of its blocks.
     driven.scheduler.abort("a")
     counts = []
-    for _ in range(12):
+    for _ in range(20):
         revised.clear()
-        plan = driven.plan()
-        driven.commit(plan)
+        driven.commit(driven.plan())
         counts.append(len(revised))
+    return counts
+
+
+def test_matches_are_revised_a_few_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = revisions(busy(300, 4, max_prefix_wait_seconds=0.0), monkeypatch)
     assert any(counts)
     assert max(counts) <= 24, "of 300 that wait"
+
+
+def test_who_waits_for_a_prefix_is_looked_at_when_the_wait_begins_and_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = revisions(busy(300, 4), monkeypatch)
+    assert sum(counts) <= 3 * 300
+    assert sum(count > 24 for count in counts) <= 2

@@ -30,14 +30,16 @@ def test_who_runs_again_counts_apart() -> None:
 def test_the_scheduler_counts_each_request_at_its_first_admission() -> None:
     driven = HandDriven(FakeEngineConfig(groups=(global_group(),)))
     prompt = list(range(1, 21))
+    # The second of the single token's samples is no request of its own.
+    driven.add("single", [3], n=2, max_tokens=2)
     driven.add("a", prompt, n=2, max_tokens=2)
     while (plan := driven.try_plan()) is not None:
         driven.commit(plan)
     driven.add("b", prompt, max_tokens=2)
     driven.plan()
     stats = driven.scheduler.prefix_stats
-    assert stats.hits == {PrefixHit.MISS: 1, PrefixHit.RESIDENT: 1, PrefixHit.REBUILD: 0, PrefixHit.TRUNCATE: 0}
-    assert (stats.prompt_tokens, stats.prefix_hit_tokens, stats.computed_prompt_tokens) == (40, 16, 24)
+    assert stats.hits == {PrefixHit.MISS: 2, PrefixHit.RESIDENT: 1, PrefixHit.REBUILD: 0, PrefixHit.TRUNCATE: 0}
+    assert (stats.prompt_tokens, stats.prefix_hit_tokens, stats.computed_prompt_tokens) == (41, 16, 25)
 
 
 def test_what_a_preemption_costs_is_recomputed(short_sighted: None) -> None:
