@@ -144,14 +144,16 @@ def _decode_work(case: Case, counts: Counts, fetched: tuple[float, float], hot: 
     """``fetched`` bytes of a sequence's blocks, and those of them that come before anything is computed."""
     import jax.numpy as jnp
 
-    from pallas_kernels.pages import row_tile
+    from pallas_kernels.pages import SMALLEST_WRITE_ROWS, row_tile
 
     geometry = case.geometry
     length = case.context + case.block_size / 2
     seen = length if geometry.window is None else min(length, geometry.window)
     io = 2 * geometry.query_bytes
     new = page_token_bytes(case)
-    written = row_tile(jnp.dtype(geometry.dtype)) * new
+    # As pages.write_rows has it, which asks the mesh of a trace.
+    by_dtype = case.topology.startswith("tpu7x")
+    written = (row_tile(jnp.dtype(geometry.dtype)) if by_dtype else SMALLEST_WRITE_ROWS) * new
     floor = case.batch * (seen * geometry.token_bytes + io + 2 * geometry.token_bytes)
     return Work(counts, case.batch * (fetched[0] + io + new + written), floor, fetched[1], hot)
 
