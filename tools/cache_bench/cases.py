@@ -104,8 +104,9 @@ class Run:
 
 def measure(run: Run) -> Result | None:
     """The result of a run; ``None`` where the memory does not hold the longest request."""
+    simulation = run.simulation()
     try:
-        replay = run.simulation().replay()
+        replay = simulation.replay()
     except ConfigError:
         return None
     return replay.run().to_json()

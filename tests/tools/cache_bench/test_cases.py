@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from hkv_jax.errors import ConfigError
 from hkv_jax.spec import LayerKind
 from tools.cache_bench.cases import Case, Run, measure
 from tools.cache_simulation.generators import GENERATORS
@@ -41,3 +42,8 @@ def test_a_cache_without_windows_is_asked_for_no_more_than_the_trace_has() -> No
 
 def test_memory_that_holds_no_such_request_gives_no_result() -> None:
     assert measure(Run(Case("docqa", "gemma3-27b", 12), "all-global")) is None
+
+
+def test_a_model_that_is_not_there_is_an_error() -> None:
+    with pytest.raises(ConfigError, match=r"no-such-model\.json: cannot be read"):
+        measure(Run(Case("docqa", "no-such-model", 12)))
