@@ -14,6 +14,7 @@ from hkv_jax.engine.plan import StepPlan
 from hkv_jax.kvcache.prefix_cache import PrefixCache
 from hkv_jax.kvcache.prefix_match import PrefixPath, PrefixUse
 from hkv_jax.outputs import PrefixHit
+from hkv_jax.testing.cached_sequences import lose_tails
 from hkv_jax.testing.fake_engine import FakeEngineConfig, tight_config
 from hkv_jax.testing.hand_driven import HandDriven, chunks_of
 
@@ -54,23 +55,28 @@ def test_whose_prefix_is_cached_goes_before_those_that_came_earlier() -> None:
 def test_what_is_cached_since_it_came_counts() -> None:
     driven = HandDriven(ALONE)
     driven.add("first", [*DOCUMENT, 1], max_tokens=1)
-    plans = [driven.plan()]
     driven.add("other", 30, max_tokens=1)
     driven.add("since", [*DOCUMENT, 2], max_tokens=1)
+    plans = [driven.plan()]
     while (plan := driven.try_plan()) is not None:
         driven.commit(plans[-1])
         plans.append(plan)
     assert [name for plan in plans for name in names(plan)] == ["first", "since", "other"]
 
 
-def test_what_was_evicted_since_it_came_does_not_count() -> None:
-    driven = with_document(dataclasses.replace(ALONE, max_num_batched_tokens=8))
+@pytest.mark.parametrize("rebuilt", [False, True])
+def test_what_was_evicted_since_it_came_does_not_count(rebuilt: bool) -> None:
+    long = [*DOCUMENT, *DOCUMENT]
+    driven = HandDriven(ALONE)
+    driven.add("first", [*long, 1], max_tokens=1)
+    run_out(driven)
+    if rebuilt:
+        lose_tails(driven.cache)
     driven.add("busy", 9, max_tokens=1)
     plan = driven.plan()
     driven.add("other", 30, max_tokens=1)
-    driven.add("was cached", [*DOCUMENT, 2], max_tokens=1)
-    for join in list(driven.cache.prefixes.joins.living):
-        driven.cache.prefixes.joins.remove(join)
+    driven.add("was cached", [*long, 2], max_tokens=1)
+    lose_tails(driven.cache)
     for group in driven.cache._groups:
         group.pool.release(group.pool.allocate(group.pool.num_free) or [])
     driven.commit(plan)
