@@ -140,6 +140,36 @@ def test_a_failed_step_changes_no_token(where: str, failing: int, caplog: pytest
 
 
 @pytest.mark.parametrize("where", ["dispatch", "read"])
+def test_after_a_failed_step_nothing_is_found_in_the_cache(where: str) -> None:
+    failed: list[int] = []
+
+    def fails_once(number: int, plan: StepPlan) -> str | None:
+        if failed or not any(sequence.request.request_id == "second" for sequence in plan.sequences):
+            return None
+        failed.append(number)
+        return where
+
+    engine, _ = engine_of(fails_once)
+    first, second = (
+        Request.create(name, [*range(1, 60), last], SamplingParams(seed=4, max_tokens=6))
+        for name, last in (("first", 1), ("second", 2))
+    )
+    engine.add(first)
+    tokens_of(engine)
+    engine.add(second)
+    events = run_to_end(engine)["second", 0]
+    sequence = events[0].sequence
+    assert failed
+    assert sequence.first_prefix is not None
+    assert sequence.first_prefix.start > 0
+    assert sequence.prefix is not None
+    assert sequence.prefix.start == sequence.prefix.matched == 0
+    alone = fake_engine(CONFIG)
+    alone.add(second)
+    assert tokens_of(alone)["second", 0] == [event.token_id for event in events]
+
+
+@pytest.mark.parametrize("where", ["dispatch", "read"])
 def test_requests_whose_step_keeps_failing_are_dropped(where: str) -> None:
     def poisoned(_: int, plan: StepPlan) -> str | None:
         return where if any(sequence.request.request_id == "bad" for sequence in plan.sequences) else None
