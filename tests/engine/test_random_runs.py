@@ -130,7 +130,7 @@ def test_everyone_gets_the_tokens_they_get_alone(name: str, request: pytest.Fixt
     config = CONFIGS[name]
     if "tiny" in name:
         request.getfixturevalue("short_sighted")
-    crowd = Crowd(config, seed=sorted(CONFIGS).index(name), num_requests=45)
+    crowd = Crowd(config, seed=sorted(CONFIGS).index(name), num_requests=32)
     crowd.run()
     assert all(pool.used_blocks == 0 for pool in crowd.engine.cache.stats())
     assert crowd.engine.scheduler.num_waiting == crowd.engine.scheduler.num_running == 0
