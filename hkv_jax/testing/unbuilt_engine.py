@@ -21,7 +21,7 @@ from hkv_jax.engine.programs import ProgramFactory
 from hkv_jax.kvcache.format import PageLayout
 from hkv_jax.kvcache.layout import KVLayout, LayoutRequest, plan_layout
 from hkv_jax.model.transformer import Decoder, ModelParameters
-from hkv_jax.model.xla_attention import AttentionSpec
+from hkv_jax.model.xla_attention import AttentionBackend, AttentionSpec
 from hkv_jax.spec import Activation, LayerKind, LayerSpec, ModelSpec, RopeSpec
 
 
@@ -54,8 +54,9 @@ def hybrid_spec(num_layers: int = 6, period: int = 3, window: int = 16, **change
 class UnbuiltEngine:
     """What decides an engine's programs.
 
-    ``budget_bytes`` is the KV cache of one device; ``scanned`` chooses the layer loop over periods. Blocks are small
-    (8 tokens in sliding groups, 16 in global ones) in pages of rows, and have the default sizes in pages of planes.
+    ``budget_bytes`` is the KV cache of one device; ``scanned`` chooses the layer loop over periods, ``backend`` what
+    computes attention. Blocks are small (8 tokens in sliding groups, 16 in global ones) in pages of rows, and have the
+    default sizes in pages of planes.
     """
 
     spec: ModelSpec
@@ -67,6 +68,7 @@ class UnbuiltEngine:
     max_num_seqs: int = 4
     max_chunk: int = 32
     max_model_len: int = 256
+    backend: AttentionBackend = AttentionBackend.XLA
 
     @cached_property
     def layout(self) -> KVLayout:
@@ -93,7 +95,14 @@ class UnbuiltEngine:
     def blueprint(self) -> Blueprint:
         """What the programs are made from."""
         return Blueprint(
-            self.spec, self.mesh, self.layout, self.dtype, self.dtype, self.max_num_seqs, scanned=self.scanned
+            self.spec,
+            self.mesh,
+            self.layout,
+            self.dtype,
+            self.dtype,
+            self.max_num_seqs,
+            scanned=self.scanned,
+            backend=self.backend,
         )
 
     @property

@@ -84,7 +84,7 @@ def windowed_decode_work(case: Case, schedule: Schedule) -> Work:
     tiles = window_tiles(shape, jnp.dtype(case.geometry.dtype))
     if tiles is None:
         return paged_decode_work(case, schedule)
-    programs = case.batch // next(n for n in range(tiles.sequences, 0, -1) if case.batch % n == 0)
+    programs = schedule.programs
     grid = largest(schedule.code.loops)
     counts = Counts.of(schedule)
     counts.repeat(grid, programs)

@@ -1,0 +1,214 @@
+"""The tables of docs/benchmarks.md: every figure that the kernels must show, beside its goal.
+
+Owns: which cases, which goals. Must never: compute a figure itself.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+from collections.abc import Sequence
+
+from tools.tpu_costs.cases import SHAPES, Case, default_block_size
+from tools.tpu_costs.chips import CHIPS
+from tools.tpu_costs.measure import DoesNotCompile, measure
+from tools.tpu_costs.measured import Cost
+
+Measured = Cost | DoesNotCompile
+STACKED_RPA = {"gemma-3-27b-tp8": 609, "gemma-3-1b": 371, "gpt-oss-20b": 407, "gemma-4-31b-local": 5955}
+"""Bundles a sequence on v6e of tpu-inference's stacked kernel, measured before with the same reading and model."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Goal:
+    """At most this: time over the floor in the steady state, and with the pipeline's fill."""
+
+    steady: float
+    filled: float | None = None
+
+    def verdict(self, cost: Measured) -> str:
+        """The goals in brackets, and which of them are missed."""
+        if isinstance(cost, DoesNotCompile):
+            return "missed"
+        missed = cost.floor_ratio > self.steady or (
+            self.filled is not None and cost.floor_ratio_with_fill > self.filled
+        )
+        wanted = f"{self.steady:.2f}" + (f", {self.filled:.2f}" if self.filled is not None else "")
+        return f"{wanted}{' missed' if missed else ''}"
+
+
+WINDOWED = {
+    "gemma-3-27b-tp8": (64, Goal(1.10, 1.15)),
+    "gemma-3-1b": (32, Goal(1.10, 1.16)),
+    "gpt-oss-20b": (16, Goal(1.18, 1.25)),
+    "gemma-4-31b-local": (64, Goal(1.08, 1.14)),
+    "gemma-4-31b-local, P 32": (32, Goal(1.06, 1.08)),
+}
+TPU7X_GPT_OSS = Goal(1.9)
+GLOBAL = ("llama-3.1-8b", "gemma-4-31b-global", "gpt-oss-20b")
+GLOBAL_GOAL = Goal(1.05)
+
+
+def shape_name(name: str) -> str:
+    """Without what is not part of the shape."""
+    return name.partition(",")[0]
+
+
+def windowed_cases() -> list[tuple[str, Case, Goal]]:
+    """Batch 64 on three chips."""
+    return [
+        (name, Case("windowed", SHAPES[shape_name(name)], CHIPS[chip].topology, block), _goal(name, chip, goal))
+        for chip in ("v6e", "v5e", "tpu7x")
+        for name, (block, goal) in WINDOWED.items()
+    ]
+
+
+def _goal(name: str, chip: str, goal: Goal) -> Goal:
+    return TPU7X_GPT_OSS if (name, chip) == ("gpt-oss-20b", "tpu7x") else goal
+
+
+def small_batch_cases() -> list[tuple[str, Case, Goal]]:
+    """Batch 16, where the fill weighs more."""
+    found = []
+    for chip in ("v6e", "v5e", "tpu7x"):
+        for name, most in (("gemma-3-27b-tp8", 1.15), ("gemma-3-1b", 1.15), ("gpt-oss-20b", 1.25)):
+            if (name, chip) == ("gpt-oss-20b", "tpu7x"):
+                continue
+            limit = 1.17 if chip == "tpu7x" else most
+            case = Case("windowed", SHAPES[name], CHIPS[chip].topology, WINDOWED[name][0], batch=16)
+            found.append((name, case, Goal(limit, limit)))
+    return found
+
+
+def context_cases() -> list[tuple[str, Case]]:
+    """One windowed layer from 1k to 128k tokens."""
+    block = WINDOWED["gemma-3-27b-tp8"][0]
+    geometry, topology = SHAPES["gemma-3-27b-tp8"], CHIPS["v6e"].topology
+    return [
+        (f"{length // 1024}k", Case("windowed", geometry, topology, block, context=length))
+        for length in (1024, 8192, 32768, 131072)
+    ]
+
+
+def global_cases() -> list[tuple[str, Case, Goal]]:
+    """Contexts of 32k and 128k, blocks of 64 and of 128."""
+    return [
+        (f"{name}, {length // 1024}k, P {block}", _global_case(name, chip, length, block), GLOBAL_GOAL)
+        for chip in ("v6e", "v5e")
+        for name in GLOBAL
+        for length in (32768, 131072)
+        for block in (64, 128)
+    ]
+
+
+def _global_case(name: str, chip: str, length: int, block: int) -> Case:
+    geometry = dataclasses.replace(SHAPES[name], window=None)
+    return Case("paged", geometry, CHIPS[chip].topology, block, context=length)
+
+
+def peer_cases() -> list[tuple[str, Case]]:
+    """jax's own kernels on the same shapes."""
+    shapes = [(name, SHAPES[name]) for name in (*STACKED_RPA, "gemma-4-31b-global", "llama-3.1-8b")]
+    return [
+        (name, Case(kernel, geometry, CHIPS["v6e"].topology, 128))
+        for name, geometry in shapes
+        for kernel in ("jax-ragged", "jax-paged")
+    ]
+
+
+def prefill_cases() -> list[tuple[str, Case]]:
+    """A chunk of 2,048 tokens at 32k, windowed and global, and its writes."""
+    found = []
+    for name in ("gemma-3-27b-tp8", "gemma-3-1b", "gpt-oss-20b", "gemma-4-31b-local"):
+        geometry = SHAPES[name]
+        case = Case(
+            "windowed-prefill", geometry, CHIPS["v6e"].topology, default_block_size(geometry), batch=1, chunk=2048
+        )
+        found.append((name, case))
+        if name == "gemma-3-27b-tp8":
+            found.append((name, dataclasses.replace(case, kernel="kv-update")))
+    for name in ("gemma-3-27b-tp8", "llama-3.1-8b", "gpt-oss-20b"):
+        case = _global_case(name, "v6e", 32768, 128)
+        found.append((f"{name}, global", dataclasses.replace(case, kernel="paged-prefill", batch=1, chunk=2048)))
+    return found
+
+
+def measure_all(cases: Sequence[Case], processes: int = 2) -> list[Measured]:
+    """Measures cases, some at a time, in their order."""
+    with concurrent.futures.ThreadPoolExecutor(processes) as pool:
+        return list(pool.map(measure, cases))
+
+
+def decode_table(rows: Sequence[tuple[str, Case, Goal]], costs: Sequence[Measured]) -> str:
+    """Ratios beside goals."""
+    lines = [
+        "| shape | chip | bundles / sequence | bytes / floor | time / floor | filled | goals | binds | compiled, s |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for (name, case, goal), cost in zip(rows, costs, strict=True):
+        chip = case.topology.partition(":")[0]
+        if isinstance(cost, DoesNotCompile):
+            lines.append(f"| {name} | {chip} | does not compile: {cost.reason} | | | | {goal.verdict(cost)} | | |")
+            continue
+        moved = cost.work.step_bytes / cost.work.floor_bytes
+        lines.append(
+            f"| {name} | {chip} | {cost.bundles_per_sequence:,.0f} | {moved:.3f} | {cost.floor_ratio:.3f} | "
+            f"{cost.floor_ratio_with_fill:.3f} | {goal.verdict(cost)} | {cost.binds} | "
+            f"{cost.compiled.compile_seconds:.1f} |"
+        )
+    return "\n".join(lines)
+
+
+def context_table(rows: Sequence[tuple[str, Case]], costs: Sequence[Measured]) -> str:
+    """Bytes by context."""
+    lines = ["| context | bytes a step | bundles a sequence | time / floor |", "|---|---|---|---|"]
+    for (name, _), cost in zip(rows, costs, strict=True):
+        assert isinstance(cost, Cost)
+        lines.append(
+            f"| {name} | {cost.work.step_bytes:,.0f} | {cost.bundles_per_sequence:,.0f} | {cost.floor_ratio:.3f} |"
+        )
+    return "\n".join(lines)
+
+
+def peer_table(rows: Sequence[tuple[str, Case]], costs: Sequence[Measured], ours: dict[str, Measured]) -> str:
+    """Ours beside jax's kernels and the stacked kernel's bundles."""
+    lines = [
+        "| shape (v6e, 32k, batch 64) | kernel | bundles a sequence | bytes / floor | time / floor | binds |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name in dict.fromkeys(name for name, _ in rows):
+        beside = [("**ours**", ours[name])] if name in ours else []
+        beside += [(case.kernel, cost) for (of, case), cost in zip(rows, costs, strict=True) if of == name]
+        for kernel, cost in beside:
+            if isinstance(cost, DoesNotCompile):
+                lines.append(f"| {name} | {kernel} | does not compile: {cost.reason} | | | |")
+                continue
+            moved = cost.work.step_bytes / cost.work.floor_bytes
+            lines.append(
+                f"| {name} | {kernel} | {cost.bundles_per_sequence:,.0f} | {moved:.2f} | {cost.floor_ratio:.2f} | "
+                f"{cost.binds} |"
+            )
+        if name in STACKED_RPA:
+            lines.append(f"| {name} | stacked RPA (measured before) | {STACKED_RPA[name]:,} | | | |")
+    return "\n".join(lines)
+
+
+def prefill_table(rows: Sequence[tuple[str, Case]], costs: Sequence[Measured]) -> str:
+    """Time of a chunk, and what the units do meanwhile."""
+    lines = [
+        "| shape | kernel | bundles | us | of peak | MXU / VALU / EUP | spills | keys / needed | binds | compiled, s |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for (name, case), cost in zip(rows, costs, strict=True):
+        if isinstance(cost, DoesNotCompile):
+            lines.append(f"| {name} | {case.kernel} | does not compile: {cost.reason} | | | | | | | |")
+            continue
+        units = " / ".join(f"{cost.hot_utilisation[unit]:.0f} %" for unit in ("MXU", "VALU", "EUP"))
+        peak = cost.work.flops / CHIPS[case.topology.partition(":")[0]].bf16_flops_per_second / cost.seconds
+        lines.append(
+            f"| {name} | {case.kernel} | {cost.work.counts.bundles:,.0f} | {cost.seconds * 1e6:.1f} | "
+            f"{100 * peak:.0f} % | "
+            f"{units} | {100 * cost.spill_share:.0f} % | {cost.work.visited_ratio:.2f} | {cost.binds} | "
+            f"{cost.compiled.compile_seconds:.1f} |"
+        )
+    return "\n".join(lines)
