@@ -156,12 +156,12 @@ class PrefixCache:
     def note_released(self, lane: int, position: int) -> None:
         """Blocks that no token of the lane from ``position`` on sees, and that join points keep, have left its tables.
 
-        A join point is worth a new look once its whole tail has left; looking at each block would cost every step.
+        Join points all of whose tail left before are what they were, and the one that moves along with the lane is not
+        worth a look each step.
         """
         state = self._lanes[lane]
-        passed = position - self._widest_window + 1
-        self.push([join for join in state.joins if state.passed < join.node.end <= passed])
-        state.passed = passed
+        self.push([join for join in state.joins if join.node.end > state.passed and join is not state.running])
+        state.passed = position - self._widest_window + 1
 
     def follow(self, source: int, target: int) -> None:
         """Lane ``target`` has taken over the tokens of ``source``."""
