@@ -12,12 +12,15 @@ step, so that a step costs the same however many wait.
 from __future__ import annotations
 
 import collections
+import dataclasses
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
-from hkv_jax.engine.request import Sequence
+from hkv_jax.engine.prefill import Prefill
+from hkv_jax.engine.request import Sequence, SequenceState
+from hkv_jax.engine.scheduler_config import SchedulerConfig
 from hkv_jax.engine.waiting_queue import WaitingQueue
-from hkv_jax.kvcache.join_point import JoinKind
+from hkv_jax.kvcache.join_point import JoinKind, JoinPoint
 from hkv_jax.kvcache.prefix_cache import PrefixCache
 from hkv_jax.kvcache.prefix_match import PrefixUse
 from hkv_jax.kvcache.prefix_tree import Node
@@ -27,28 +30,48 @@ RESIDENT_SHARE = 0.5
 """A sequence at least so much of which is cached goes before others."""
 
 REVISIONS_A_STEP = 8
+"""Matches brought up to date each time the next sequence is asked for, beside those of the sequences looked at."""
 
 SEQUENCES_LOOKED_AT = 16
 """Resident sequences looked through for one that fits beside the first."""
 
 
-class Admission:
-    """The waiting sequences; each is in exactly one of three places: resident, others, or parked behind a prefill."""
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Watch:
+    """What a waiting sequence's ``use`` rests on.
 
-    def __init__(self, prefixes: PrefixCache, max_bypass_seconds: float, max_prefix_wait_seconds: float) -> None:
+    ``digest`` is that of the first block that is not cached, ``nodes`` are those whose loss or join point changes the
+    match, ``join`` is the join point it would start from.
+    """
+
+    use: PrefixUse
+    digest: bytes | None
+    nodes: tuple[Node, ...]
+    join: JoinPoint | None
+
+
+class Admission:
+    """The waiting sequences; each is in exactly one of three places: resident, others, or parked behind a prefill.
+
+    ``num_prefix_waits`` counts how often one was parked.
+    """
+
+    def __init__(self, config: SchedulerConfig, prefixes: PrefixCache, clock: Callable[[], float]) -> None:
+        """Nobody waits; the two seconds of ``config`` are in those of ``clock``."""
         self.num_prefix_waits = 0
         self._prefixes = prefixes
-        self._max_bypass_seconds = max_bypass_seconds
-        self._max_prefix_wait_seconds = max_prefix_wait_seconds
+        self._clock = clock
+        self._max_bypass_seconds = config.max_bypass_seconds
+        self._max_prefix_wait_seconds = config.max_prefix_wait_seconds
         self._resident = WaitingQueue()
         self._others = WaitingQueue()
-        self._parked: dict[Sequence, float] = {}
+        self._parked: dict[Sequence, float] = {}  # until when at most
         self._deadlines: collections.deque[tuple[float, Sequence]] = collections.deque()
         self._planned: dict[bytes, Sequence] = {}  # digests of prompts that are being computed
-        self._awaited: dict[bytes, set[Sequence]] = {}  # first digest that is not cached
-        self._watchers: dict[Node, set[Sequence]] = {}  # nodes a match rests on
-        self._watched: dict[Sequence, tuple[bytes | None, list[Node], PrefixUse]] = {}
-        self._dirty: dict[Sequence, None] = {}
+        self._awaited: dict[bytes, dict[Sequence, None]] = {}  # by the first digest that is not cached
+        self._watchers: dict[Node, dict[Sequence, None]] = {}  # by what their matches rest on
+        self._watches: dict[Sequence, _Watch] = {}
+        self._dirty: dict[Sequence, None] = {}  # whose matches may be out of date, first changed first
         prefixes.tree.on_insert = self._on_insert
         prefixes.tree.on_change = self._on_change
 
@@ -61,8 +84,12 @@ class Admission:
         yield from self._parked
 
     def add(self, sequence: Sequence) -> None:
-        """A sequence waits from now on; its path may be out of date."""
-        self._place(sequence, self._revise(sequence))
+        """A sequence waits from now on."""
+        sequence.state = SequenceState.WAITING
+        if self._prefixes.policy.enabled:
+            sequence.prefill = Prefill.of(sequence, sequence.prefill_end, self._prefixes.block_size)
+        sequence.prefill.queued_at = self._clock()
+        self._place(sequence)
 
     def remove(self, sequence: Sequence) -> None:
         """A sequence waits no more."""
@@ -79,19 +106,19 @@ class Admission:
         for sequence in list(self._dirty)[:REVISIONS_A_STEP]:
             if sequence in self._dirty and sequence not in self._parked:
                 self._leave(sequence)
-                self._place(sequence, self._revise(sequence))
-        while (sequence := self._first(now)) is not None:
-            use = self._current(sequence)
-            leader, position = self._leader_of(sequence, use)
+                self._place(sequence)
+        while (first := self._first(now)) is not None:
+            use = self._current(first)
+            leader = self._leader_of(first)
             if leader is not None:
-                self._leave(sequence)
-                self._park(sequence, leader, position)
+                self._leave(first)
+                self._park(first, *leader)
                 continue
-            queue = self._queue_for(sequence, use)
-            if sequence in queue:
-                return sequence, use
-            self._leave(sequence)
-            queue.insert(sequence)
+            queue = self._queue_for(first, use)
+            if first in queue:
+                return first, use
+            self._leave(first)
+            queue.insert(first)
         return None
 
     def next_beside(self, head: Sequence) -> tuple[Sequence, PrefixUse] | None:
@@ -103,9 +130,26 @@ class Admission:
                 return sequence, self._current(sequence)
         return None
 
-    def revised(self, sequence: Sequence) -> PrefixUse:
-        """How the prefix of a waiting sequence can be used at this very moment."""
-        return self._revise(sequence)
+    def revise(self, sequence: Sequence) -> PrefixUse:
+        """How the prefix of a waiting sequence can be used at this very moment; what it rests on is watched anew."""
+        self._forget(sequence)
+        path = sequence.prefill.path
+        use = self._prefixes.choose(path)
+        if sequence.wants_prompt_logprobs:
+            # They need every position's output, not just its K/V.
+            use = PrefixUse(0, use.matched, PrefixHit.MISS, 0)
+        nodes = path.nodes[-1:]
+        if use.start and not use.context_start and use.start < use.matched:
+            nodes.append(next(node for node in reversed(path.nodes) if node.end == use.start))
+        watch = _Watch(use, path.next_digest, tuple(nodes), self._prefixes.join_of(path, use))
+        if watch.digest is not None:
+            self._awaited.setdefault(watch.digest, {})[sequence] = None
+        for node in watch.nodes:
+            self._watchers.setdefault(node, {})[sequence] = None
+        if watch.join is not None:
+            self._prefixes.await_join(watch.join, 1)
+        self._watches[sequence] = watch
+        return use
 
     def note_prefill(self, sequence: Sequence, use: PrefixUse) -> None:
         """An admitted sequence is going to compute its known tokens."""
@@ -147,54 +191,35 @@ class Admission:
     def _queue_for(self, sequence: Sequence, use: PrefixUse) -> WaitingQueue:
         return self._resident if use.start >= RESIDENT_SHARE * sequence.num_tokens else self._others
 
-    def _place(self, sequence: Sequence, use: PrefixUse) -> None:
-        self._queue_for(sequence, use).insert(sequence)
+    def _place(self, sequence: Sequence) -> None:
+        self._queue_for(sequence, self.revise(sequence)).insert(sequence)
 
     def _leave(self, sequence: Sequence) -> None:
         if self._parked.pop(sequence, None) is None:
             (self._resident if sequence in self._resident else self._others).remove(sequence)
 
-    def _revise(self, sequence: Sequence) -> PrefixUse:
-        """Brings the match up to date and watches what it rests on."""
-        self._forget(sequence)
-        path = sequence.prefill.path
-        use = self._prefixes.choose(path)
-        if sequence.wants_prompt_logprobs:
-            use = PrefixUse(0, use.matched, PrefixHit.MISS, 0)
-        digest = path.next_digest
-        if digest is not None:
-            self._awaited.setdefault(digest, set()).add(sequence)
-        nodes = path.nodes[-1:]
-        if use.start and not use.context_start and use.start < use.matched:
-            nodes.append(next(node for node in reversed(path.nodes) if node.end == use.start))
-        for node in nodes:
-            self._watchers.setdefault(node, set()).add(sequence)
-        join = self._prefixes.join_of(path, use)
-        if join is not None:
-            self._prefixes.await_join(join, 1)
-        self._watched[sequence] = digest, nodes, use, join
-        return use
-
     def _current(self, sequence: Sequence) -> PrefixUse:
         """The match as it is, revised only where something it rests on may have changed."""
         if sequence not in self._dirty:
-            use = self._watched[sequence][2]
+            use = self._watches[sequence].use
             if self._prefixes.rests_on_joins(sequence.prefill.path, use):
                 return use
-        return self._revise(sequence)
+        return self.revise(sequence)
 
     def _forget(self, sequence: Sequence) -> None:
         self._dirty.pop(sequence, None)
-        digest, nodes, _, join = self._watched.pop(sequence, (None, [], None, None))
-        if join is not None:
-            self._prefixes.await_join(join, -1)
-        if digest is not None and (waiting := self._awaited.get(digest)) is not None:
-            waiting.discard(sequence)
+        watch = self._watches.pop(sequence, None)
+        if watch is None:
+            return
+        if watch.join is not None:
+            self._prefixes.await_join(watch.join, -1)
+        if watch.digest is not None and (waiting := self._awaited.get(watch.digest)) is not None:
+            waiting.pop(sequence, None)
             if not waiting:
-                del self._awaited[digest]
-        for node in nodes:
+                del self._awaited[watch.digest]
+        for node in watch.nodes:
             if (watchers := self._watchers.get(node)) is not None:
-                watchers.discard(sequence)
+                watchers.pop(sequence, None)
                 if not watchers:
                     del self._watchers[node]
 
@@ -206,15 +231,15 @@ class Admission:
         for sequence in self._watchers.pop(node, ()):
             self._dirty[sequence] = None
 
-    def _leader_of(self, sequence: Sequence, use: PrefixUse) -> tuple[Sequence | None, int]:
-        """Who computes more of this sequence's prefix right now, and up to where they agree."""
+    def _leader_of(self, sequence: Sequence) -> tuple[Sequence, int] | None:
+        """Who computes more of this sequence's prefix right now, and up to where they agree; its match is current."""
         prefill = sequence.prefill
         digest = prefill.path.next_digest
         if digest is None or prefill.waited_for_prefix or not self._max_prefix_wait_seconds:
-            return None, 0
+            return None
         leader = self._planned.get(digest)
         if leader is None:
-            return None, 0
+            return None
         size = prefill.chain.block_size
         place = prefill.path.matched // size
         digests, limit = prefill.chain.digests, prefill.path.limit
@@ -234,4 +259,4 @@ class Admission:
         del self._parked[sequence]
         if sequence.prefill.queued_at + self._max_prefix_wait_seconds <= self._prefixes.now:
             sequence.prefill.waited_for_prefix = True
-        self._place(sequence, self._revise(sequence))
+        self._place(sequence)

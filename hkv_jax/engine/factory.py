@@ -24,7 +24,7 @@ from hkv_jax.engine.engine import Engine
 from hkv_jax.engine.memory import CPU_FRACTION, DEVICE_FRACTION, host_memory_bytes
 from hkv_jax.engine.programs import Programs
 from hkv_jax.engine.runner import Runner
-from hkv_jax.engine.scheduler import SchedulerConfig
+from hkv_jax.engine.scheduler_config import SchedulerConfig
 from hkv_jax.errors import ConfigError
 from hkv_jax.families import TensorNames, read_model_spec
 from hkv_jax.kvcache.format import PageLayout

@@ -23,8 +23,11 @@ BEFORE_END_TOKENS = 128
 class Prefill:
     """A sequence's digests, its path through the prefix cache, and the join points it is to leave.
 
-    ``checkpoints`` are positions, multiples of the largest block size, and kinds. ``followers`` are sequences that wait
-    for one of them. ``seconds_queued`` is when it began to wait.
+    Attributes:
+        queued_at: when it began to wait, in seconds of the scheduler's clock.
+        waited_for_prefix: it has waited so long that it waits for nobody's prefix any more.
+        checkpoints: kinds of join points by position, a multiple of the largest block size.
+        followers: sequences that wait until it has computed so many tokens.
     """
 
     chain: TokenChain

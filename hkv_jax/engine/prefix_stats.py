@@ -47,7 +47,3 @@ class PrefixStats:
     def after_readmission(self, num_tokens: int, use: PrefixUse) -> PrefixStats:
         """With a sequence of ``num_tokens`` known tokens that runs again."""
         return dataclasses.replace(self, recomputed_tokens=self.recomputed_tokens + num_tokens - use.start)
-
-    def after_wait(self) -> PrefixStats:
-        """With a request that was set aside for a prefix."""
-        return dataclasses.replace(self, prefix_waits=self.prefix_waits + 1)

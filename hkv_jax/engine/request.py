@@ -147,6 +147,14 @@ class Sequence:
         return self.request.prompt_len + self.max_output_tokens
 
     @property
+    def prefill_end(self) -> int:
+        """Where its chunks end: with what it knows, but a prompt that siblings are to share without its last token.
+
+        That token each sample runs by itself.
+        """
+        return self.request.prompt_len - 1 if self.siblings else self.num_tokens
+
+    @property
     def wants_prompt_logprobs(self) -> bool:
         """Whether logprobs of prompt tokens are still to be computed."""
         return self.prompt_logprobs is not None and len(self.prompt_logprobs) < self.request.prompt_len

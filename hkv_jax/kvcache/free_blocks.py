@@ -6,6 +6,7 @@ Owns: which of them is taken next. Must never: know what a block holds.
 from __future__ import annotations
 
 import heapq
+from collections.abc import Iterator
 
 
 class FreeBlocks:
@@ -31,7 +32,7 @@ class FreeBlocks:
     def __contains__(self, block: int) -> bool:
         return block in self._members
 
-    def __iter__(self):  # type: ignore[no-untyped-def]
+    def __iter__(self) -> Iterator[int]:
         return iter(self._members)
 
     def add(self, block: int) -> None:

@@ -54,26 +54,6 @@ class GroupCache:
         """Blocks to allocate before tokens up to ``end`` have room, and the window before ``keep_from`` stays."""
         return self.tables[lane].num_missing(end, keep_from)
 
-    @property
-    def window_blocks(self) -> int:
-        """Blocks that cover a window, wherever it starts in a block."""
-        assert self.window is not None
-        return most_window_blocks(self.window, self.block_size, 1)
-
-    def window_demand(self, start: int, end: int, keep_from: int) -> int:
-        """Blocks a new chunk ``[start, end)`` takes in a sliding group, those of the window before it not counted."""
-        return -(-end // self.block_size) - max(start // self.block_size, self.first_live(min(keep_from, end)))
-
-    def outstanding(self, lane: int, num_tokens: int) -> int:
-        """Blocks the lane will still take for the tokens it knows."""
-        table = self.tables[lane]
-        missing = -(-num_tokens // self.block_size) * self.block_size - table.capacity
-        if missing <= 0:
-            return 0
-        return (
-            missing // self.block_size if self.window is None else min(missing // self.block_size, self.window_blocks)
-        )
-
     def grow(self, lane: int, start: int, end: int, keep_from: int) -> None:
         """Gives the lane room for the chunk ``[start, end)``; there must be enough free blocks."""
         table = self.tables[lane]

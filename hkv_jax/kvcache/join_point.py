@@ -75,7 +75,7 @@ class JoinPoint:
     def __init__(self, node: Node, kind: JoinKind, blocks: list[list[int]], now: float) -> None:
         self.node = node
         self.kind = kind
-        self.origin = JoinKind.TURN if kind is JoinKind.REST else kind
+        self.origin: JoinKind = JoinKind.TURN if kind is JoinKind.REST else kind
         self.blocks = blocks
         self.interest = Interest(now)
         self.num_hits = 0

@@ -38,7 +38,7 @@ class JoinPoints:
         self._queue = EvictionQueue(order)
         self._block_bytes = [group.layout.format.block_bytes for group in groups]
         self._node_bytes = sum(self._block_bytes[g] * (tree.block_size // groups[g].block_size) for g in tree.globals)
-        self.living: set[JoinPoint] = set()
+        self.living: dict[JoinPoint, None] = {}  # in the order they were made
         self._ghosts: dict[bytes, tuple[JoinKind, int]] = {}
 
     def create(self, node: Node, kind: JoinKind, now: float) -> JoinPoint | None:
@@ -231,7 +231,7 @@ class JoinPoints:
             self._bury(instead_of)
         join.node.join = join
         self._tree.on_change(join.node)
-        self.living.add(join)
+        self.living[join] = None
         if join.kind not in (JoinKind.REST, JoinKind.RUNNING):
             self._order.note_made(join.kind, join.num_hits)
         self.push(join)
@@ -240,7 +240,7 @@ class JoinPoints:
     def _bury(self, join: JoinPoint) -> None:
         join.alive = False
         join.node.join = None
-        self.living.discard(join)
+        del self.living[join]
         for group, blocks in zip(self._tree.sliding, join.blocks, strict=False):
             self._groups[group].pool.unkeep(blocks)
         self._tree.release(join.node)

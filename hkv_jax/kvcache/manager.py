@@ -7,7 +7,7 @@ preempted; a shortage of blocks is a return value.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,10 +19,8 @@ from hkv_jax.kvcache.layout import KVLayout
 from hkv_jax.kvcache.policy import CachePolicy
 from hkv_jax.kvcache.prefix_cache import PrefixCache
 from hkv_jax.kvcache.prefix_match import NO_PREFIX, PrefixPath, PrefixUse
+from hkv_jax.kvcache.room import Room
 from hkv_jax.kvcache.token_chain import TokenChain
-
-GROWTH_TOKENS = 256
-"""Tokens a running sequence is assumed to draw yet when the next is admitted."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -56,24 +54,11 @@ class PoolStats:
     block_size: int
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Demand:
-    """What a sequence will take: ``num_tokens`` known ones, the first chunk up to ``chunk_end``, then some growth.
-
-    ``keep_from`` is the first position of the chunk before which the window is to stay.
-    """
-
-    num_tokens: int
-    chunk_end: int
-    keep_from: int
-    growth_tokens: int
-
-
 class CacheManager:
     """All groups of all lanes, and what finished sequences left.
 
     ``watermarks`` i64[num_lanes]: a decode step that ends at or below its lane's needs no ``extend``. ``prefixes`` is
-    the prefix cache.
+    the prefix cache, ``room`` the forecast by which sequences are admitted.
 
     Invariants. A1, P1-P3, T1-T3, X1-X3, J1: see ``SlabMap``, ``BlockPool``, ``BlockTable``, ``PrefixTree``,
     ``JoinPoints``. M1: ``extend`` gives room in all groups or in none. M2: a closed lane holds nothing. M3: in a
@@ -87,6 +72,7 @@ class CacheManager:
         self._groups = [GroupCache(group, layout.arenas[group.arena].num_slabs, num_lanes) for group in layout.groups]
         self.prefixes = PrefixCache(self._groups, layout.largest_block_size, self.policy)
         self._boundary = Boundary(layout, self._groups, self.prefixes.joins.evict)
+        self.room = Room(self._groups, self._boundary, self.prefixes)
         self._open = [False] * num_lanes
         self.copied_bytes = 0
         self.watermarks = np.zeros(num_lanes, np.int64)
@@ -171,7 +157,7 @@ class CacheManager:
             raise ValueError(f"lane {lane}: [{start}, {end}) does not follow the {tables[0].end} tokens it holds")
         kept = [group.release_window(lane, start) for group in self._groups]
         if any(kept) and self.policy.enabled:
-            self.prefixes.note_released(lane)
+            self.prefixes.note_released(lane, start)
         for keep in (end,) if keep_from is None else (min(keep_from, end), end):
             missing = [group.num_missing(lane, end, keep) for group in self._groups]
             if self._boundary.make_room(missing):
@@ -256,57 +242,9 @@ class CacheManager:
         """The device's row i32[table_width] of a lane once all its updates are applied; 0 where no block is held."""
         return self._groups[group].table_row(lane)
 
-    def fits(self, num_tokens: int) -> bool:
-        """Whether a sequence of that many tokens can ever be held, were it alone."""
-        return num_tokens <= self.layout.max_model_len and all(
-            group.layout.blocks_of_sequence(num_tokens) <= group.pool.num_blocks for group in self._groups
-        )
-
     def table_rows(self, lane: int) -> tuple[NDArray[np.int32], ...]:
         """``table_row`` of every group."""
         return tuple(group.table_row(lane) for group in self._groups)
-
-    def has_room(self, demand: Demand, path: PrefixPath | None, use: PrefixUse, promised: Sequence[int]) -> bool:
-        """Whether a sequence could be admitted and go on, if everything idle were evicted.
-
-        ``promised`` are blocks by group that running sequences will still take.
-        """
-        loaded = self.prefixes.loaded_blocks(path, use) if path is not None else [[]] * len(self._groups)
-        extra = []
-        for group, blocks, more in zip(self._groups, loaded, promised, strict=True):
-            idle = sum(not group.pool.references(block) for block in blocks)
-            if group.window is None:
-                needed = -(-(demand.num_tokens + demand.growth_tokens) // group.block_size) - len(blocks)
-            else:
-                needed = group.window_demand(use.start, demand.chunk_end, demand.keep_from)
-                if demand.chunk_end < demand.num_tokens:
-                    needed += group.window_blocks
-                else:
-                    ahead = min(demand.growth_tokens, max(0, group.window + group.block_size - demand.num_tokens))
-                    needed += -(-ahead // group.block_size)
-            extra.append(idle + more + needed)
-        return self._boundary.could_hold(extra)
-
-    def promised(
-        self, prefilling: Iterable[tuple[int, int]], positions: NDArray[np.int32], limits: NDArray[np.int32]
-    ) -> list[int]:
-        """Blocks by group that running sequences will still take.
-
-        Args:
-            prefilling: (lane, known tokens) of those that have not computed what they know.
-            positions: i32[running], where each is in its sequence.
-            limits: i32[running], where it ends at the latest.
-        """
-        lanes = list(prefilling)
-        promised = []
-        for group in self._groups:
-            ahead = np.minimum(limits - positions, GROWTH_TOKENS)
-            if group.window is not None:
-                # Once its window is full a sequence gives a block back for each it takes.
-                ahead = np.clip(group.window + group.block_size - positions, 0, ahead)
-            blocks = int(np.sum(-(-ahead // group.block_size)))
-            promised.append(blocks + sum(group.outstanding(lane, num_tokens) for lane, num_tokens in lanes))
-        return promised
 
     def stats(self) -> tuple[PoolStats, ...]:
         """One entry a group, in the layout's order."""

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from hkv_jax.engine.buckets import Buckets
 from hkv_jax.engine.engine import Engine
-from hkv_jax.engine.scheduler import SchedulerConfig
+from hkv_jax.engine.scheduler_config import SchedulerConfig
 from hkv_jax.engine.token_event import TokenEvent
 from hkv_jax.kvcache.format import PageLayout
 from hkv_jax.kvcache.layout import KVLayout, LayoutRequest, plan_layout

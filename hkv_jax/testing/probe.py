@@ -25,7 +25,7 @@ from hkv_jax.engine.plan import StepPlan
 from hkv_jax.engine.programs import ProgramFactory, Programs
 from hkv_jax.engine.request import Request
 from hkv_jax.engine.runner import Runner, StepHandle
-from hkv_jax.engine.scheduler import SchedulerConfig
+from hkv_jax.engine.scheduler_config import SchedulerConfig
 from hkv_jax.engine.step import StepOutputs, StepProgram
 from hkv_jax.engine.token_event import TokenEvent
 from hkv_jax.families import TensorNames, read_model_spec

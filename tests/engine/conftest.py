@@ -10,8 +10,7 @@ import pytest
 
 from hkv_jax.engine.engine import Engine
 from hkv_jax.engine.loop import EngineLoop, ServedModel
-from hkv_jax.engine import scheduler
-from hkv_jax.kvcache import manager
+from hkv_jax.kvcache import room
 from hkv_jax.testing.fake_engine import FakeEngineConfig, fake_engine
 from hkv_jax.testing.stepped_engine import SteppedEngine
 from hkv_jax.testing.tiny_tokenizer import byte_level_tokenizer, write_tokenizer
@@ -30,8 +29,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> ServedModel:
 @pytest.fixture
 def short_sighted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Admission counts no token that is not known yet: in small pools this is how preemptions come about."""
-    for module in (manager, scheduler):
-        monkeypatch.setattr(module, "GROWTH_TOKENS", 0)
+    monkeypatch.setattr(room, "GROWTH_TOKENS", 0)
 
 
 Opener = Callable[..., EngineLoop]

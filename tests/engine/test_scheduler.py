@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 
 from hkv_jax.engine.request import Request
-from hkv_jax.engine.scheduler import SchedulerConfig
+from hkv_jax.engine.scheduler_config import SchedulerConfig
 from hkv_jax.errors import RequestError
 from hkv_jax.kvcache.policy import CachePolicy
 from hkv_jax.outputs import FinishReason

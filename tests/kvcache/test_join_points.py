@@ -295,4 +295,4 @@ def test_in_any_order_nothing_held_is_evicted_and_nothing_stays_behind(changes: 
     while grove.evict():
         pass
     assert set(grove.num_cached()) == {0}
-    assert grove.joins.living == set()
+    assert not grove.joins.living

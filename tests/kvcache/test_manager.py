@@ -1,8 +1,7 @@
-"""The cache's promises one at a time: early release, the window bound, all or nothing, slots, rooms and misuse."""
+"""The cache's promises one at a time: early release, the window bound, all or nothing, slots and misuse."""
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import numpy as np
@@ -12,8 +11,7 @@ from hypothesis import strategies as st
 
 from hkv_jax.kvcache.format import NO_SLOT
 from hkv_jax.kvcache.layout import most_window_blocks, plan_layout
-from hkv_jax.kvcache.manager import CacheManager, Demand
-from hkv_jax.kvcache.prefix_match import NO_PREFIX
+from hkv_jax.kvcache.manager import CacheManager
 from hkv_jax.testing.cache_layouts import tiny_group, tiny_layout_request
 
 GLOBAL, SLIDING = 0, 1
@@ -210,62 +208,6 @@ def test_decode_slots_of_many_lanes() -> None:
         ]
         assert slots.tolist() == singles
         assert len(set(singles)) == 4
-
-
-def demand(num_tokens: int, chunk_end: int | None = None) -> Demand:
-    """Of a sequence whose first chunk ends at ``chunk_end``, else with what it knows; it leaves no tails."""
-    end = num_tokens if chunk_end is None else chunk_end
-    return Demand(num_tokens, end, end, growth_tokens=0)
-
-
-def has_room(cache: CacheManager, what: Demand) -> bool:
-    return cache.has_room(what, None, NO_PREFIX, [0] * len(cache.layout.groups))
-
-
-def test_what_fits_and_what_has_room() -> None:
-    cache = make(2, budget_bytes=22_000, expected_average_seq_length=16, partition="static")
-    assert cache.fits(128)
-    assert not cache.fits(129)
-    assert has_room(cache, demand(128))
-    cache.open(0)
-    assert cache.extend(0, 0, 40)
-    everything, window = cache.stats()
-    free_tokens = 8 * (everything.num_blocks - everything.used_blocks)
-    assert free_tokens < 128
-    assert window.num_blocks - window.used_blocks >= 10
-    assert has_room(cache, demand(free_tokens, 32))
-    assert not has_room(cache, demand(free_tokens + 1, 32))
-    assert not cache.has_room(demand(free_tokens, 32), None, NO_PREFIX, [1, 0])
-    assert cache.has_room(dataclasses.replace(demand(free_tokens - 9, 32), growth_tokens=9), None, NO_PREFIX, [0, 0])
-    assert not cache.has_room(dataclasses.replace(demand(free_tokens), growth_tokens=1), None, NO_PREFIX, [0, 0])
-    assert cache.fits(128)
-
-
-@pytest.mark.parametrize("partition", ["moving", "static"])
-@pytest.mark.parametrize("seed", range(6))
-def test_whoever_is_said_to_have_room_has_it(partition: str, seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    answers = []
-    for _ in range(25):
-        cache = make(
-            6, budget_bytes=30_000, expected_average_seq_length=int(rng.choice([16, 128])), partition=partition
-        )
-        for lane in range(5):
-            cache.open(lane)
-            for start in range(0, int(rng.integers(1, 100)), 24):
-                if not cache.extend(lane, start, start + 24):
-                    break
-        for lane in rng.permutation(5)[: int(rng.integers(0, 4))]:
-            cache.close(int(lane))
-        num_tokens, chunk = int(rng.integers(1, 129)), int(rng.choice([8, 16, 32]))
-        answers.append(has_room(cache, demand(num_tokens, min(chunk, num_tokens))))
-        if answers[-1]:
-            cache.open(5)
-            for start in range(0, num_tokens, chunk):
-                assert cache.extend(5, start, min(num_tokens, start + chunk))
-        cache.check_invariants()
-    assert any(answers)
-    assert not all(answers)
 
 
 @pytest.mark.parametrize(

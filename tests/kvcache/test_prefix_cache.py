@@ -200,7 +200,7 @@ def test_a_tail_that_memory_does_not_allow_stops_nobody() -> None:
     assert layout.groups[SLIDING].num_blocks < 7
     cached.open(0, PROMPT)
     cached.run(0, 32, {8: JoinKind.TURN})
-    assert cached.prefixes.joins.living == set()
+    assert not cached.prefixes.joins.living
     cached.run(0, 64)
 
 
@@ -233,7 +233,7 @@ def test_without_caching_nothing_is_named_or_kept() -> None:
 def test_without_checkpoints_only_what_happens_to_be_left_is_found() -> None:
     cached = make(CachePolicy(checkpoints=False, tail_repair=False))
     cached.leave(PROMPT)
-    assert cached.prefixes.joins.living == set()
+    assert not cached.prefixes.joins.living
     assert [pool.cached_blocks for pool in cached.cache.stats()] == [0, 0]
     assert cached.use_of([*PROMPT, 1]).hit is PrefixHit.RESIDENT
     lose_tails(cached.cache)

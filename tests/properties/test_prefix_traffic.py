@@ -15,10 +15,10 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from hkv_jax.engine import prefill, scheduler
+from hkv_jax.engine import prefill
 from hkv_jax.engine.prefill import Prefill
 from hkv_jax.engine.request import Sequence
-from hkv_jax.kvcache import manager, prefix_cache
+from hkv_jax.kvcache import prefix_cache, room
 from hkv_jax.kvcache.block_table import BlockTable
 from hkv_jax.kvcache.group_cache import GroupCache
 from hkv_jax.kvcache.policy import CachePolicy
@@ -106,8 +106,7 @@ def _short_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
     Nobody is expected to draw many tokens, so that pools overflow and sequences must give way; and only the last blocks
     of a prompt are worth joining.
     """
-    for module in (manager, scheduler):
-        monkeypatch.setattr(module, "GROWTH_TOKENS", 0)
+    monkeypatch.setattr(room, "GROWTH_TOKENS", 0)
     monkeypatch.setattr(prefill, "BEFORE_END_TOKENS", 8)
 
 

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from hkv_jax.engine.plan import StepPlan
 from hkv_jax.engine.request import Request
-from hkv_jax.engine.scheduler import Scheduler, SchedulerConfig
+from hkv_jax.engine.scheduler import Scheduler
+from hkv_jax.engine.scheduler_config import SchedulerConfig
 from hkv_jax.engine.step_result import StepResult
 from hkv_jax.engine.token_event import TokenEvent
 from hkv_jax.errors import RequestError

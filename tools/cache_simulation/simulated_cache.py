@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from hkv_jax.config import EngineConfig, resolve_limits
-from hkv_jax.engine.scheduler import SchedulerConfig
+from hkv_jax.engine.scheduler_config import SchedulerConfig
 from hkv_jax.errors import ConfigError
 from hkv_jax.kvcache.format import PageLayout
 from hkv_jax.kvcache.layout import KVLayout, LayoutRequest, plan_layout
