@@ -84,7 +84,10 @@ def windowed_decode_work(case: Case, schedule: Schedule) -> Work:
     tiles = window_tiles(shape, jnp.dtype(case.geometry.dtype))
     if tiles is None:
         return paged_decode_work(case, schedule)
-    programs = schedule.programs
+    # As ops chooses: no more places than rows, but room to fetch ahead.
+    together = min(tiles.together, case.batch)
+    sequences = max(2 * together, min(tiles.sequences, -(-case.batch // together) * together))
+    programs = -(-case.batch // sequences)
     grid = largest(schedule.code.loops)
     counts = Counts.of(schedule)
     counts.repeat(grid, programs)

@@ -19,7 +19,6 @@ _BUNDLE = re.compile(r"^ *(0x[0-9a-f]+|0) +(?:([A-Z]{2}): ?|: ?)? ?(>*) ?\{")
 _BRANCH = re.compile(r"sbr\.rel (?:\((!?%p\w+)\) )?target = \$region(\d+)")
 _REGION = re.compile(r"Start(?:/End empty)? region (\d+)")
 _GRANULES = re.compile(r"/\*size_in_granules=\*/(\d+)")
-_GRID = re.compile(r"iteration_bounds: \(([\d, ]+)\)")
 _ALLOCATION = re.compile(r"space=(\w+), size = (0x[0-9a-f]+)")
 GRANULE_BYTES = 32
 
@@ -58,10 +57,7 @@ class Loop:
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """One kernel: the code as a loop of depth 0, slots taken int[bundles, units], their capacity, copies, memory, grid.
-
-    ``programs`` counts those of the grid; 1 where nothing is moved by the grid and the compiler does not say.
-    """
+    """One kernel: the code as a loop of depth 0, slots taken int[bundles, units], their capacity, copies, memory."""
 
     name: str
     code: Loop
@@ -70,7 +66,6 @@ class Schedule:
     copies: tuple[Copy, ...]
     vmem_bytes: int
     smem_bytes: int
-    programs: int
 
     @property
     def num_bundles(self) -> int:
@@ -109,12 +104,9 @@ def _read(folder: Path, prefix: str) -> Schedule:
         return found[0].read_text(encoding="utf-8", errors="replace") if found else ""
 
     slots, capacity = _utilisation(text_of("-final_hlo-static-per-bundle-utilization.txt"))
-    bundles = text_of("-final_bundles.txt")
-    code, copies = parse_bundles(bundles, len(slots))
-    grid = _GRID.search(bundles)
-    programs = int(np.prod([int(n) for n in grid.group(1).split(",") if n.strip()])) if grid else 1
+    code, copies = parse_bundles(text_of("-final_bundles.txt"), len(slots))
     memory = _allocations(text_of("-pre-finalize-registers-and-allocations.txt"))
-    return Schedule(prefix, code, slots, capacity, copies, memory.get("vmem", 0), memory.get("smem", 0), programs)
+    return Schedule(prefix, code, slots, capacity, copies, memory.get("vmem", 0), memory.get("smem", 0))
 
 
 def _utilisation(text: str) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
