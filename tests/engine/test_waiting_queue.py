@@ -15,12 +15,12 @@ def sequence(arrival: int, sample: int = 0) -> Sequence:
 
 def test_everyone_finds_their_place() -> None:
     queue = WaitingQueue()
-    assert queue.head is None
+    heads = [queue.head]
     for arrival, sample in ((5, 0), (6, 0), (7, 0), (3, 0), (1, 0), (5, 2), (3, 1)):
         queue.insert(sequence(arrival, sample))
     assert [each.age for each in queue] == [(1, 0), (3, 0), (3, 1), (5, 0), (5, 2), (6, 0), (7, 0)]
-    assert queue.head is not None
-    assert queue.head.age == (1, 0)
+    heads.append(queue.head)
+    assert [head and head.age for head in heads] == [None, (1, 0)]
     assert len(queue) == 7
 
 
