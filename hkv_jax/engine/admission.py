@@ -14,7 +14,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from hkv_jax.engine.prefill import Prefill
 from hkv_jax.engine.request import Sequence, SequenceState
@@ -103,8 +103,8 @@ class Admission:
             deadline, sequence = self._deadlines.popleft()
             if self._parked.get(sequence) == deadline:
                 self._unpark(sequence)
-        for sequence in list(self._dirty)[:REVISIONS_A_STEP]:
-            if sequence in self._dirty and sequence not in self._parked:
+        for sequence in list(itertools.islice(self._dirty, REVISIONS_A_STEP)):
+            if sequence in self._dirty:
                 self._leave(sequence)
                 self._place(sequence)
         while (first := self._first(now)) is not None:
@@ -224,12 +224,14 @@ class Admission:
                     del self._watchers[node]
 
     def _on_insert(self, digest: bytes) -> None:
-        for sequence in self._awaited.pop(digest, ()):
-            self._dirty[sequence] = None
+        self._mark(self._awaited.pop(digest, {}))
 
     def _on_change(self, node: Node) -> None:
-        for sequence in self._watchers.pop(node, ()):
-            self._dirty[sequence] = None
+        self._mark(self._watchers.pop(node, {}))
+
+    def _mark(self, sequences: Iterable[Sequence]) -> None:
+        """Their matches may be out of date; those of parked ones are looked up anew anyway when they are let go."""
+        self._dirty.update((sequence, None) for sequence in sequences if sequence not in self._parked)
 
     def _leader_of(self, sequence: Sequence) -> tuple[Sequence, int] | None:
         """Who computes more of this sequence's prefix right now, and up to where they agree; its match is current."""

@@ -240,7 +240,8 @@ class Scheduler:
 
     def _first_chunk_end(self, sequence: Sequence, use: PrefixUse, budget: int) -> int:
         """Where the first chunk of a sequence ends that begins with ``use``; decides where it leaves join points."""
-        sequence.prefill.plan_checkpoints(sequence.prefill_end, use)
+        if self._cache.policy.enabled:
+            sequence.prefill.plan_checkpoints(sequence.prefill_end, use)
         return self._chunk_end(sequence, use.start, budget)
 
     def _chunk_end(self, sequence: Sequence, start: int, budget: int) -> int:

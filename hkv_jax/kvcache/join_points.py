@@ -186,33 +186,41 @@ class JoinPoints:
         """Gives a join point up; global blocks from which a rebuild would still save work stay as a REST."""
         self.num_evicted += 1
         if join.kind is not JoinKind.REST:
-            self._ghosts.pop(join.node.digest, None)
-            self._ghosts[join.node.digest] = join.origin, join.num_hits
-            if len(self._ghosts) > MAX_GHOSTS:
-                del self._ghosts[next(iter(self._ghosts))]
+            self._remember(join)
         node, rebuild = join.node, self._rebuild_tokens
-        at = node.parent if self._is_rest(join) else node
         if self._is_rest(join):
-            lower_end, below = join.lower_end, None
+            # Only the last block goes; the rest is as far above the join point below as it was.
+            end, lower_end, heir = node.parent, join.lower_end, None
         else:
             lower, _ = self._span(join)
-            lower_end, below = lower.end, lower.join
-        assert at is not None
-        leaves_rest = rebuild is not None and at.blocks and at.need == 1 and at.end - lower_end > rebuild
-        if leaves_rest and (at is node or at.join is None):
-            rest = JoinPoint(at, JoinKind.REST, [], 0.0)
+            end, lower_end, heir = node, lower.end, lower.join
+        assert end is not None
+        saves = rebuild is not None and end.blocks and end.need == 1 and end.end - lower_end > rebuild
+        if saves and (end is node or end.join is None):
+            rest = JoinPoint(end, JoinKind.REST, [], 0.0)
             rest.num_hits, rest.lower_end, rest.origin = join.num_hits, lower_end, join.origin
             rest.interest = join.interest
             self._add(rest, join)
         else:
             self._bury(join)
             self._push_needed(node)
-        if below is not None:
-            now = max(join.interest.since, below.interest.since)
-            gone, heir = join.interest.at(now), below.interest.at(now)
-            heir.inherited += gone.expected(self._order.chance(join.origin, join.num_hits))
-            below.interest = heir
-            self.push(below)
+        if heir is not None:
+            self._bequeath(join, heir)
+
+    def _remember(self, join: JoinPoint) -> None:
+        """Keeps in mind that there was a join point, until so many others are gone that it tells nothing any more."""
+        self._ghosts.pop(join.node.digest, None)
+        self._ghosts[join.node.digest] = join.origin, join.num_hits
+        if len(self._ghosts) > MAX_GHOSTS:
+            del self._ghosts[next(iter(self._ghosts))]
+
+    def _bequeath(self, gone: JoinPoint, heir: JoinPoint) -> None:
+        """Whoever would have started at an evicted join point will start at the one below it."""
+        now = max(gone.interest.since, heir.interest.since)
+        uses = gone.interest.at(now).expected(self._order.chance(gone.origin, gone.num_hits))
+        heir.interest = heir.interest.at(now)
+        heir.interest.inherited += uses
+        self.push(heir)
 
     def _push_needed(self, node: Node) -> None:
         """The nearest node at or before ``node`` that is still needed: its join point alone may need it now."""

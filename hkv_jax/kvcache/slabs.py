@@ -32,10 +32,6 @@ class SlabMap:
         """Slabs of the arena."""
         return len(self._owners)
 
-    def owner(self, slab: int) -> int | None:
-        """The group that owns ``slab``."""
-        return self._owners[slab]
-
     def slabs_of(self, group: int) -> tuple[int, ...]:
         """The slabs ``group`` owns, ascending."""
         return tuple(slab for slab, owner in enumerate(self._owners) if owner == group)

@@ -10,6 +10,7 @@ from typing import TypeVar
 
 import pytest
 
+from hkv_jax.engine.admission import REVISIONS_A_STEP
 from hkv_jax.engine.plan import StepPlan
 from hkv_jax.kvcache.prefix_cache import PrefixCache
 from hkv_jax.kvcache.prefix_match import PrefixPath, PrefixUse
@@ -358,3 +359,15 @@ def test_who_waits_for_a_prefix_is_looked_at_when_the_wait_begins_and_ends(monke
     counts = revisions(busy(300, 4), monkeypatch)
     assert sum(counts) <= 3 * 300
     assert sum(count > 24 for count in counts) <= 2
+
+
+def test_who_waits_for_a_prefix_takes_no_turn_of_those_whose_match_must_be_revised() -> None:
+    driven = HandDriven(dataclasses.replace(BASE, max_num_seqs=2, max_prefill_chunk=16))
+    driven.add("leader", [*DOCUMENT, *DOCUMENT[:40], 1], max_tokens=1)
+    driven.commit(driven.plan())
+    for number in range(2 * REVISIONS_A_STEP):
+        driven.add(f"follower {number}", [*DOCUMENT, *DOCUMENT[:40], 2 + number], max_tokens=1)
+    for _ in range(3):
+        driven.commit(driven.plan())
+        assert driven.scheduler.prefix_stats.prefix_waits == driven.scheduler.num_waiting == 2 * REVISIONS_A_STEP
+        assert not driven.scheduler._waiting._dirty

@@ -15,6 +15,7 @@ from hkv_jax.engine.lanes import FLOAT_FIELDS
 from hkv_jax.engine.request import Request
 from hkv_jax.engine.step_result import StepResult
 from hkv_jax.kvcache.format import NO_SLOT
+from hkv_jax.kvcache.policy import CachePolicy
 from hkv_jax.sampling_params import SamplingParams
 from hkv_jax.testing.fake_engine import FakeEngineConfig, fake_engine
 
@@ -38,8 +39,11 @@ def add(engine: Engine, name: str, prompt: list[int], **params: object) -> None:
 
 @pytest.fixture
 def mixed() -> tuple[Engine, StepBatch]:
-    """One row that decodes, one chunk of a single token, one that ends its prompt, one that does not."""
-    engine = fake_engine(CONFIG)
+    """One row that decodes, one chunk of a single token, one that ends its prompt, one that does not.
+
+    Nothing is kept for later requests, so that a block that has left the window within its own chunk gets no memory.
+    """
+    engine = fake_engine(CONFIG, CachePolicy(enabled=False))
     add(engine, "decodes", [20, 21, 22], seed=(5 << 32) + 6, temperature=0.5, min_tokens=2)
     next_batch(engine, commit_token=30)
     add(engine, "ends", [40, 41, 42, 43, 44], seed=1, n=1, logprobs=3, top_k=7, prompt_logprobs=4)
