@@ -2,7 +2,8 @@
 
     python tools/tpu_kernel_tables.py [--only windowed small context global peers prefill] [--processes 2]
 
-Each case is compiled ahead of time as tools/tpu_cost.py does; jax's own kernels in the same run. About ten minutes.
+Each case is compiled ahead of time as tools/tpu_cost.py does; jax's own kernels in the same run, beside those of ours
+that it measured. About ten minutes.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from tools.tpu_costs import tables  # noqa: E402
-from tools.tpu_costs.measure import measure  # noqa: E402
+from tools.tpu_costs.measure import Measured  # noqa: E402
 from tools.tpu_costs.report import LEGEND  # noqa: E402
 
 PARTS = ("windowed", "small", "context", "global", "peers", "prefill")
@@ -27,7 +28,7 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--processes", type=int, default=2, help="compilations at a time (default: 2)")
     options = parser.parse_args()
-    ours: dict[str, tables.Measured] = {}
+    ours: dict[str, Measured] = {}
     for part in options.only:
         sys.stderr.write(f"{part} ...\n")
         print(_part(part, options.processes, ours), flush=True)
@@ -35,7 +36,7 @@ def main() -> int:
     return 0
 
 
-def _part(part: str, processes: int, ours: dict[str, tables.Measured]) -> str:
+def _part(part: str, processes: int, ours: dict[str, Measured]) -> str:
     if part in ("windowed", "small", "global"):
         makers = {
             "windowed": ("Windowed decode, batch 64, context 32k", tables.windowed_cases),
@@ -51,10 +52,6 @@ def _part(part: str, processes: int, ours: dict[str, tables.Measured]) -> str:
         return f"\n### {title}\n\n{tables.decode_table(rows, costs)}"
     if part == "peers":
         pairs = tables.peer_cases()
-        for name, case, _ in (*tables.windowed_cases(), *tables.global_cases()):
-            if case.topology.startswith("v6e") and any(name.startswith(of) for of, _ in pairs):
-                key = tables.shape_name(name)
-                ours[key] = ours.get(key) or measure(case)
         costs = tables.measure_all([case for _, case in pairs], processes)
         return f"\n### Beside jax's kernels\n\n{tables.peer_table(pairs, costs, ours)}"
     if part == "context":

@@ -71,7 +71,7 @@ class Case:
     context: int = 32768
     batch: int = 64
     chunk: int = 1
-    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    options: dict[str, Any] = dataclasses.field(default_factory=dict, hash=False)
 
     def to_json(self) -> str:
         """One line."""

@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,9 @@ class DoesNotCompile:
     reason: str
 
 
+Measured = Cost | DoesNotCompile
+
+
 def compile_environment(dump: Path | None = None) -> dict[str, str]:
     """The environment in which libtpu compiles without a TPU, next to other processes, dumping to a folder."""
     environment = os.environ | {
@@ -45,24 +49,36 @@ def compile_environment(dump: Path | None = None) -> dict[str, str]:
     return environment
 
 
-def measure(case: Case) -> Cost | DoesNotCompile:
+def measure(case: Case) -> Measured:
     """Compiles a case, once for its schedule and once to time it without the writing of dumps, and models its cost.
 
     Raises:
         RuntimeError: the compiling process died.
     """
+    (cost,) = measure_loads([case])
+    if isinstance(cost, DoesNotCompile):
+        return cost
+    seconds = _compile(case, None)["compile_seconds"]
+    return dataclasses.replace(cost, compiled=dataclasses.replace(cost.compiled, compile_seconds=seconds))
+
+
+def measure_loads(loads: Sequence[Case]) -> list[Measured]:
+    """Costs of one kernel under several loads (contexts, batches) from one compilation, that of the first load.
+
+    Its seconds include the writing of the dump.
+    """
+    case = loads[0]
     with tempfile.TemporaryDirectory(prefix="tpu-cost-") as folder:
         try:
             result = _compile(case, Path(folder))
-            seconds = result if "error" in result else _compile(case, None)
         except subprocess.TimeoutExpired:
-            return DoesNotCompile(case, f"took more than {COMPILE_LIMIT_SECONDS} s to compile")
+            return [DoesNotCompile(load, f"took more than {COMPILE_LIMIT_SECONDS} s to compile") for load in loads]
         if "error" in result:
-            return DoesNotCompile(case, result["error"])
+            return [DoesNotCompile(load, result["error"]) for load in loads]
         kernel = KERNELS[case.kernel]
         schedule = read_kernel(Path(folder), kernel.program)
-        compiled = Compiled(seconds["compile_seconds"], result["alias_bytes"], result["temp_bytes"])
-        return Cost(case, schedule, compiled, kernel.work(case, schedule))
+        compiled = Compiled(result["compile_seconds"], result["alias_bytes"], result["temp_bytes"])
+        return [Cost(load, schedule, compiled, kernel.work(load, schedule)) for load in loads]
 
 
 def _compile(case: Case, dump: Path | None) -> dict[str, Any]:
