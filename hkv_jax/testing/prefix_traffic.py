@@ -35,7 +35,7 @@ T = TypeVar("T")
 
 STEP_SECONDS = 0.025
 
-COMPARED_SHARE = 0.005
+COMPARED_SHARE = 0.008
 """Of the sequences that finish: running one alone takes as many steps as it has tokens."""
 
 MAX_REMEMBERED = 24
@@ -46,7 +46,7 @@ MAX_REMEMBERED = 24
 class TrafficRates:
     """How often things happen before a step, as probabilities; ``max_waiting`` bounds the queue, in sequences."""
 
-    arrival: float = 0.25
+    arrival: float = 0.15
     abort: float = 0.01
     stop: float = 0.004
     failure: float = 0.0005
@@ -153,7 +153,7 @@ class PrefixTraffic:
         prompt = self._prompt()
         room = self.config.max_model_len - len(prompt)
         params = SamplingParams(
-            max_tokens=int(self.rng.integers(1, min(room, 24) + 1)),
+            max_tokens=int(self.rng.integers(1, min(room, 32) + 1)),
             seed=int(self.rng.integers(2**62)),
             n=int(self.rng.choice([1, 1, 1, 1, 2, 3])),
             presence_penalty=float(self.rng.choice([0.0, 0.5])),

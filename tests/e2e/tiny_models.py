@@ -25,8 +25,8 @@ VOCABULARY, HIDDEN, HEADS, HEAD_DIM = 96, 32, 2, 16
 WEIGHTS_STD = 0.3
 
 BRANCH_SCALE = {3: 1.0, 6: 1.0, 20: 0.3}
-"""Factor on what a layer adds to its input, by how many layers slide: large, so that errors of a few layers show; small,
-so that many layers do not amplify rounding."""
+"""Factor on what a layer adds to its input, by number of sliding layers: large, so that errors of a few show; small,
+so that many do not amplify rounding."""
 
 STEP_TOKENS = 64
 

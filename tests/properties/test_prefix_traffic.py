@@ -119,8 +119,8 @@ def test_ten_thousand_steps(name: str) -> None:
     traffic.drain()
     cache = traffic.engine.cache
     assert set(traffic.hits) == case.hits
-    assert min(traffic.hits.values()) >= 20, traffic.hits
-    assert traffic.num_compared >= 5
+    assert min(traffic.hits.values()) >= 10, traffic.hits
+    assert traffic.num_compared >= 3
     assert cache.prefixes.joins.num_evicted > 100
     assert (cache.num_slabs_moved > 100) == case.moves
     assert traffic.engine.scheduler.num_preemptions > 0 or not case.preempts
@@ -306,7 +306,10 @@ def cached_blocks_are_written_again(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(BlockTable, "load", lambda self, start, blocks, end: honest(self, start, blocks, 0))
 
 
-SEEN = "holds the K/V of something else|never set|polluted|what a hit would expect|is cached and|P2|not kept"
+SEEN = (
+    "holds the K/V of something else|never set|polluted|what a hit would expect|is cached and|P2|not kept"
+    "|does not follow"
+)
 
 
 @pytest.mark.parametrize(
