@@ -26,7 +26,7 @@ from hkv_jax.kvcache.prefix_match import PrefixUse
 from hkv_jax.kvcache.prefix_tree import Node
 from hkv_jax.outputs import PrefixHit
 
-RESIDENT_SHARE = 0.5
+RESIDENT_SHARE = 0.3
 """A sequence at least so much of which is cached goes before others."""
 
 REVISIONS_A_STEP = 8

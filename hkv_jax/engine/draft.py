@@ -21,7 +21,7 @@ class Draft:
     """The fields of a ``StepPlan``, as they come.
 
     ``budget`` is in tokens. ``decode_lanes`` i32 are those of decode rows, ascending. ``short``: somebody lacked
-    blocks, so nobody new is admitted.
+    blocks, so nobody new is admitted. ``gathers``: somebody waits for the next plan to move blocks together.
     """
 
     budget: int
@@ -32,6 +32,7 @@ class Draft:
     copies: list[BlockCopy] = dataclasses.field(default_factory=list)
     table_rows: list[LaneTables] = dataclasses.field(default_factory=list)
     short: bool = False
+    gathers: bool = False
 
     def add_decodes(self, lanes: NDArray[np.int32]) -> None:
         """One token of each of ``lanes``."""

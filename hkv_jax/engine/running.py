@@ -24,6 +24,10 @@ from hkv_jax.kvcache.prefix_match import PrefixUse
 _age = operator.attrgetter("age")
 
 
+MAX_GATHERINGS = 3
+"""Plans in a row that may pass before somebody is preempted after all."""
+
+
 class Running:
     """The sequences in the lanes of a cache.
 
@@ -39,6 +43,7 @@ class Running:
         self._cache = cache
         self._waiting = waiting
         self._block_size = cache.layout.largest_block_size
+        self._num_gatherings = 0  # plans in a row for which somebody waits
         self._ending: list[Sequence] = []  # the last plan draws their last token
 
     def admit(self, sequence: Sequence, use: PrefixUse, end: int, draft: Draft) -> bool:
@@ -49,7 +54,7 @@ class Running:
         # The prefix alone: what the chunk takes comes with the step's table updates.
         rows = self._cache.table_rows(lane) if loaded else ()
         if not self._cache.extend(lane, use.start, end, prefill.keep_from(use.start, end)):
-            assert self.lanes.num_running > 1, f"the pools hold less than one sequence of {sequence.num_tokens} tokens"
+            self._sit_out(sequence, end, draft)
             self._cache.close(self.lanes.close(sequence))
             return False
         self.lanes.context_starts[lane] = use.context_start
@@ -79,18 +84,30 @@ class Running:
     def make_room(self, sequence: Sequence, end: int, draft: Draft) -> bool:
         """Blocks for tokens up to ``end``, at the cost of younger sequences.
 
-        False: ``sequence`` is the youngest; it keeps what it holds and sits this step out.
+        False: it keeps what it holds and sits this step out, because it is the youngest, or because there is room in
+        pieces, which the next plan gathers.
         """
         start = int(self.lanes.positions[sequence.lane])
         keep_from = sequence.prefill.keep_from(start, end)
         while not self._cache.extend(sequence.lane, start, end, keep_from):
             draft.short = True
             victim = self._victim(sequence)
-            if victim is None:
-                assert self.lanes.num_running > 1, f"S4: the pools hold less than one sequence of {end} tokens"
+            if self._sit_out(sequence, end, draft) or victim is None:
                 return False
             self._preempt(victim, draft)
         return True
+
+    def _sit_out(self, sequence: Sequence, end: int, draft: Draft) -> bool:
+        """Whether ``sequence`` had better wait for the next plan to gather room for tokens up to ``end``.
+
+        Raises:
+            AssertionError: that did not help, and nobody else runs who could give way.
+        """
+        waits = self._num_gatherings < MAX_GATHERINGS and self._cache.could_gather(sequence.lane, end)
+        draft.gathers = draft.gathers or waits
+        alone = self.lanes.num_running == 1
+        assert waits or not alone, f"S4: the pools hold less than one sequence of {end} tokens"
+        return waits
 
     def draft_decodes(self, draft: Draft) -> None:
         """One token of each decoding lane that has room for it, oldest served first where blocks lack."""
@@ -107,6 +124,7 @@ class Running:
 
     def dispatch(self, draft: Draft) -> StepPlan | None:
         """The plan of a draft, ``None`` where nobody runs; positions advance here."""
+        self._num_gatherings = self._num_gatherings + 1 if draft.gathers else 0
         lanes = draft.decode_lanes
         if draft.short:
             lanes = lanes[self.lanes.decoding[lanes]]

@@ -12,6 +12,11 @@ HOLE = -1
 """The id of a block whose tokens never enter the pool: the window had passed it within its own chunk."""
 
 
+def first_live_block(num_tokens: int, window: int | None, block_size: int) -> int:
+    """The lowest block number that position ``num_tokens`` or a later one can still attend to."""
+    return 0 if window is None else max(0, num_tokens - window + 1) // block_size
+
+
 class BlockTable:
     """Ids of the block numbers ``first_block ..``; block number n covers positions ``[n*P, (n+1)*P)``.
 
@@ -69,9 +74,7 @@ class BlockTable:
 
     def first_live(self, num_tokens: int) -> int:
         """The lowest block number that position ``num_tokens`` or a later one can still attend to."""
-        if self.window is None:
-            return 0
-        return max(0, num_tokens - self.window + 1) // self.block_size
+        return first_live_block(num_tokens, self.window, self.block_size)
 
     def held(self) -> list[int]:
         """The ids, holes left out."""

@@ -21,7 +21,9 @@ class Boundary:
 
     def __init__(self, layout: KVLayout, groups: list[GroupCache], evict: Callable[[], bool]) -> None:
         self.num_slabs_moved = 0
-        self._lacking: set[int] = set()  # groups that had to evict, or found nothing, since the last gathering
+        # Since the last gathering: groups that had to evict, and blocks that a group needed and did not get.
+        self._evicted_for: set[int] = set()
+        self._missed: dict[int, int] = {}
         self._layout, self._groups, self._evict = layout, groups, evict
         self._arenas = [group.arena for group in layout.groups]
         self._maps = [_slab_map(layout, arena) for arena in range(len(layout.arenas))]
@@ -33,8 +35,9 @@ class Boundary:
             while pool.num_free < count:
                 if self._take_idle_slab(group, needs):
                     continue
-                self._lacking.add(group)
+                self._evicted_for.add(group)
                 if not self._evict():
+                    self._missed[group] = count
                     return False
         return True
 
@@ -43,32 +46,34 @@ class Boundary:
 
         Returns (group, old id, new id) of every block that moved; the pools have renamed them, nobody else has.
         """
-        moves = []
-        lacking = {group for group in self._lacking if not self._has_spare(group)}
-        self._lacking = set()
+        evicted_for, self._evicted_for = self._evicted_for, set()
+        missed, self._missed = self._missed, {}
         if self._layout.partition != "moving":
             return []
+        moves = []
+        lacking = {group for group in evicted_for if group in missed or not self._has_spare(group)}
         for group in sorted(lacking):
-            for _ in range(MAX_GATHERED_SLABS):
-                if self._groups[group].pool.num_idle_slabs:
+            # Who only had to evict gets a slab or two for the next time; who got nothing gets what it needed.
+            for _ in range(MAX_GATHERED_SLABS if group not in missed else self._maps[self._arenas[group]].num_slabs):
+                pool = self._groups[group].pool
+                if pool.num_free >= missed[group] if group in missed else pool.num_idle_slabs:
                     break
-                giver = self._fragmented(group, lacking)
+                giver = self._fragmented(group, lacking, group in missed)
                 if giver is None:
                     break
-                pool = self._groups[giver].pool
-                emptiest = pool.emptiest_slab()
+                emptiest = self._groups[giver].pool.emptiest_slab()
                 assert emptiest is not None
-                moves += [(giver, *move) for move in pool.vacate(emptiest[0])]
+                moves += [(giver, *move) for move in self._groups[giver].pool.vacate(emptiest[0])]
                 self._hand_over(emptiest[0], giver, group)
         return moves
 
-    def _fragmented(self, group: int, lacking: set[int]) -> int | None:
-        """A group whose free blocks would fill a slab and more, though every slab has a busy one."""
+    def _fragmented(self, group: int, lacking: set[int], is_urgent: bool) -> int | None:
+        """A group whose free blocks would fill a slab, and more where nobody waits for it."""
         arena = self._arenas[group]
-        for other in range(len(self._groups)):
+        for other, cache in enumerate(self._groups):
             if other in lacking or self._arenas[other] != arena or not self._maps[arena].can_take(other):
                 continue
-            if self._has_spare(other):
+            if self._has_spare(other) or (is_urgent and cache.pool.num_free >= cache.pool.blocks_per_slab):
                 return other
         return None
 

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hkv_jax.kvcache.block_pool import BlockPool
-from hkv_jax.kvcache.block_table import HOLE, BlockTable
+from hkv_jax.kvcache.block_table import HOLE, BlockTable, first_live_block
 from hkv_jax.kvcache.format import NO_SLOT
 from hkv_jax.kvcache.layout import GroupLayout, most_window_blocks
 
@@ -39,7 +39,7 @@ class GroupCache:
 
     def first_live(self, num_tokens: int) -> int:
         """The lowest block number that position ``num_tokens`` or a later one can still attend to."""
-        return 0 if self.window is None else max(0, num_tokens - self.window + 1) // self.block_size
+        return first_live_block(num_tokens, self.window, self.block_size)
 
     def release_window(self, lane: int, start: int) -> bool:
         """Returns the blocks that no position from ``start`` on attends to; whether the prefix cache keeps any."""
@@ -58,13 +58,11 @@ class GroupCache:
         """Gives the lane room for the chunk ``[start, end)``; there must be enough free blocks."""
         table = self.tables[lane]
         missing = table.num_missing(end, keep_from)
-        blocks = self._take(missing)
-        table.extend(start, end, keep_from, blocks)
+        table.extend(start, end, keep_from, self._take(missing))
         # What of the chunk only a later request will read has no place in the device's ring.
-        number = max(table.first_block + len(table.ids) - missing, table.first_block + len(table.ids) - self.width)
-        for block in blocks[number - (table.first_block + len(table.ids) - missing) :]:
-            self._updates[lane * self.width + number % self.width] = self.layout.page(block)
-            number += 1
+        stop = table.first_block + len(table.ids)
+        for number in range(stop - min(missing, self.width), stop):
+            self._updates[lane * self.width + number % self.width] = self.layout.page(table.id_of(number))
         self._refresh_page(lane)
 
     def load(self, lane: int, start: int, blocks: list[int], cached_end: int) -> None:

@@ -19,6 +19,14 @@ from hkv_jax.kvcache.prefix_tree import Node, PrefixTree
 MAX_GHOSTS = 4096
 """Evicted join points that are remembered, to learn how many would have been used."""
 
+_RANK = {
+    kind: rank
+    for rank, kind in enumerate(
+        (JoinKind.REST, JoinKind.RUNNING, JoinKind.BEFORE_END, JoinKind.PROMPT_END, JoinKind.TURN, JoinKind.BRANCH)
+    )
+}
+"""Of two reasons for one join point the higher counts: BRANCH was seen to be of use, others are guesses."""
+
 
 class JoinPoints:
     """All join points of a tree, ordered by worth.
@@ -55,11 +63,11 @@ class JoinPoints:
 
     def leave_rest(self, node: Node, now: float) -> JoinPoint | None:
         """A REST at a node that nothing needs, where a rebuild from its end would save work."""
-        rest = JoinPoint(node, JoinKind.REST, [], now)
-        lower, _ = self._span(rest)
-        rest.lower_end = lower.end
+        lower, _ = self._span(node)
         if self._rebuild_tokens is None or node.end - lower.end <= self._rebuild_tokens:
             return None
+        rest = JoinPoint(node, JoinKind.REST, [], now)
+        rest.lower_end = lower.end
         return self._add(rest)
 
     def use(self, node: Node, now: float) -> JoinPoint:
@@ -121,7 +129,7 @@ class JoinPoints:
             saved = self._tree.block_size * max(0.0, 1 - rebuild / (node.end - join.lower_end))
             freed = node.need == 1 and self._tree.is_idle(node)
             return Stake(saved, num_bytes + freed * self._node_bytes)
-        lower, sole = self._span(join)
+        lower, sole = self._span(node)
         span = node.end - lower.end
         if rebuild is not None and span > rebuild:
             return Stake(rebuild, num_bytes)
@@ -169,9 +177,9 @@ class JoinPoints:
         """Whether the prefix stays useful when its last block goes: nothing of it is a tail."""
         return join.kind is JoinKind.REST or not self._tree.sliding
 
-    def _span(self, join: JoinPoint) -> tuple[Node, int]:
-        """Where the next lower join point with a tail lies (or the root), and how many nodes only this one needs."""
-        at = join.node
+    def _span(self, node: Node) -> tuple[Node, int]:
+        """Where the next lower join point with a tail lies (or the root), and how many nodes ``node`` alone needs."""
+        at = node
         sole, exclusive = 0, at.need == 1 and self._tree.is_idle(at)
         while True:
             sole += exclusive
@@ -192,7 +200,7 @@ class JoinPoints:
             # Only the last block goes; the rest is as far above the join point below as it was.
             end, lower_end, heir = node.parent, join.lower_end, None
         else:
-            lower, _ = self._span(join)
+            lower, _ = self._span(node)
             end, lower_end, heir = node, lower.end, lower.join
         assert end is not None
         saves = rebuild is not None and end.blocks and end.need == 1 and end.end - lower_end > rebuild
@@ -253,11 +261,3 @@ class JoinPoints:
             self._groups[group].pool.unkeep(blocks)
         self._tree.release(join.node)
         self._tree.on_change(join.node)
-
-
-_RANK = {
-    kind: rank
-    for rank, kind in enumerate(
-        (JoinKind.REST, JoinKind.RUNNING, JoinKind.BEFORE_END, JoinKind.PROMPT_END, JoinKind.TURN, JoinKind.BRANCH)
-    )
-}

@@ -297,14 +297,16 @@ def _needs(request: LayoutRequest, formats: tuple[KVFormat, ...], max_model_len:
         demand = -(-expected // size)
         if group.window is not None:
             demand = min(demand, most_window_blocks(group.window, size, 1))
-        # While nothing moves the boundary, what the group begins with is all it will ever have: it reserves its floor.
+        # Where the boundary moves, the oldest sequence can have all that others do not hold: a chunk's blocks will do.
+        moves = request.partition == "moving" and group.window is None
+        reserve = min(floor, -(-request.max_chunk // size) + 1) if moves else floor
         needs.append(
             PoolNeed(
                 arena=kinds.index(group.kind) if request.partition == "static" else 0,
                 page_bytes=kv_format.page_bytes,
                 block_bytes=kv_format.block_bytes,
                 floor_blocks=floor,
-                reserve_blocks=floor,
+                reserve_blocks=reserve,
                 demand_blocks=demand,
             )
         )

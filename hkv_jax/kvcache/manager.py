@@ -95,7 +95,13 @@ class CacheManager:
         copies = []
         open_lanes = [lane for lane, is_open in enumerate(self._open) if is_open]
         for index, group in enumerate(self._groups):
-            moved = {source: target for number, source, target in moves if number == index}
+            moved: dict[int, int] = {}
+            origins: dict[int, int] = {}
+            for number, source, target in moves:
+                if number == index:
+                    # A block may have come where a later slab was emptied: it moves on, and is copied once.
+                    origin = origins.pop(source, source)
+                    moved[origin], origins[target] = target, origin
             if moved:
                 self.prefixes.rename(index, moved)
                 lanes.update(group.rename(open_lanes, moved))
@@ -167,6 +173,12 @@ class CacheManager:
                 return True
         self._refresh(lane)
         return False
+
+    def could_gather(self, lane: int, end: int) -> bool:
+        """Whether tokens up to ``end``, for which ``extend`` found no room, will have it once blocks are gathered."""
+        return self.layout.partition == "moving" and self._boundary.could_hold(
+            [group.num_missing(lane, end, end) for group in self._groups]
+        )
 
     def record(self, lane: int, chain: TokenChain, num_tokens: int, joins: Mapping[int, JoinKind]) -> None:
         """The step that computes the lane's first ``num_tokens`` tokens is planned: later ones may find full blocks.
