@@ -1,7 +1,8 @@
-"""Paged decode against its reference, interpreted; the whole pool compared. Tiles are small, so that rows have several."""
+"""Paged decode against its reference, interpreted; the whole pool compared. Tiles are small: rows have several."""
 
 from __future__ import annotations
 
+import jax.numpy as jnp
 import pytest
 
 from pallas_kernels import tiles
@@ -27,7 +28,7 @@ def shape_of(heads: tuple[int, int], dims: tuple[int, int], soft_cap: float | No
 
 def test_ragged_rows() -> None:
     case = DecodeCase(shape_of((4, 2), (128, 128)), RAGGED)
-    assert tiles.paged_tiles(case.shape, "float32").blocks == 4
+    assert tiles.paged_tiles(case.shape, jnp.dtype(jnp.float32)).blocks == 4
     check_decode_case(case, decode)
 
 

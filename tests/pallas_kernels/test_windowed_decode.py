@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax.numpy as jnp
 import pytest
 
 from pallas_kernels import tiles
@@ -67,7 +68,7 @@ def test_larger_row_tiles_than_one() -> None:
 def test_a_window_too_large_for_vector_memory_is_read_in_tiles(window: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiles, "POOL_BYTES", 2 * 32 * 2**10)
     shape = shape_of((4, 2), (128, 128), window)
-    assert tiles.window_tiles(shape, "float32") is None
+    assert tiles.window_tiles(shape, jnp.dtype(jnp.float32)) is None
     check_decode_case(DecodeCase(shape, ragged(window), without_slot=(5, 7)), decode)
 
 

@@ -1,0 +1,71 @@
+"""Tiles: what the formula chooses for real shapes, and what the data file may overrule."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import pytest
+
+from pallas_kernels import tiles
+from pallas_kernels.pages import AttentionShape, PageGeometry
+
+BFLOAT16 = jnp.dtype(jnp.bfloat16)
+# (query heads, kv heads, head dim, window, block size) of one chip.
+SHAPES = {
+    "gemma-3-27b, 8 chips": (4, 2, 128, 1024, 64),
+    "gemma-3-1b": (4, 1, 256, 512, 32),
+    "gpt-oss-20b": (64, 8, 64, 128, 16),
+    "gemma-4-31b, local": (32, 16, 256, 1024, 32),
+    "olmo-3-32b": (40, 8, 128, 4096, 128),
+    "gemma-2-27b": (32, 16, 128, 4096, 128),
+    "gemma-4-31b, global": (32, 4, 512, None, 64),
+    "llama-3.1-8b": (32, 8, 128, None, 128),
+}
+
+
+def shape_named(name: str) -> AttentionShape:
+    heads, kv_heads, dim, window, block = SHAPES[name]
+    assert heads and kv_heads and dim and block
+    return AttentionShape(PageGeometry(block, kv_heads, dim, dim), heads, window, 1.0)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_tiles_fit_the_smallest_vector_memory(name: str) -> None:
+    shape = shape_named(name)
+    page = tiles.page_bytes(shape, BFLOAT16)
+    paged = tiles.paged_tiles(shape, BFLOAT16)
+    assert paged.buffers >= 2
+    assert 128 % paged.blocks == 0
+    assert shape.pages.num_kv_heads % paged.heads_per_product == 0
+    assert tiles.vector_memory_limit(paged.buffers * paged.blocks * page) <= 64 * 2**20
+    windowed = tiles.window_tiles(shape, BFLOAT16) if shape.window else None
+    if windowed is not None:
+        assert windowed.sequences % windowed.together == 0
+        assert windowed.sequences >= 2 * windowed.together
+        assert tiles.vector_memory_limit(windowed.sequences * shape.table_width * page) <= 64 * 2**20
+
+
+def test_a_window_that_does_not_fit_twice_is_read_in_tiles() -> None:
+    assert tiles.window_tiles(shape_named("gemma-2-27b"), BFLOAT16) is None
+    assert tiles.window_tiles(shape_named("olmo-3-32b"), BFLOAT16) is not None
+
+
+def test_short_windows_are_computed_together() -> None:
+    together = [
+        tiles.window_tiles(shape_named(name), BFLOAT16)
+        for name in ("gpt-oss-20b", "gemma-3-27b, 8 chips", "gemma-4-31b, local")
+    ]
+    assert [one.together for one in together if one] == [4, 2, 1]
+
+
+def test_the_data_file_overrules_the_formula(monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = shape_named("gpt-oss-20b")
+    entry = {"num_heads": 64, "num_kv_heads": 8, "key_dim": 64, "block_size": 16, "sequences": 6, "together": 3}
+    before = tiles.window_tiles(shape, BFLOAT16)
+    assert before is not None
+    monkeypatch.setattr(tiles, "_data", lambda: {"windowed_decode": [entry]})
+    assert tiles.window_tiles(shape, BFLOAT16) == tiles.WindowTiles(6, 3, before.heads_per_product)
+    assert tiles.window_tiles(shape_named("gemma-3-1b"), BFLOAT16) != tiles.WindowTiles(6, 3, 1)
+
+
+def test_the_data_file_is_read() -> None:
+    assert set(tiles._data()) <= {"windowed_decode", "paged_decode"}
