@@ -20,7 +20,7 @@ JAX_PLATFORMS ?= cpu
 export JAX_PLATFORMS
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-oldest lint format types imports proto golden clean
+.PHONY: help demo test test-oldest lint format types imports proto tpu-compile-all golden clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 22
@@ -49,6 +49,9 @@ imports: $(VENV)/.installed-dev ## the import contracts of ARCHITECTURE.md
 
 proto: $(VENV)/.installed-run ## generate the gRPC stubs again from the .proto file
 	$(PY) tools/gen_proto.py
+
+tpu-compile-all: $(VENV)/.installed-dev ## compile every TPU kernel for every chip, and whole steps (no TPU needed)
+	@$(PY) tools/tpu_compile_all.py $(ARGS)
 
 golden: $(VENV)/.installed-run ## make the reference outputs of the tests again (downloads torch and transformers)
 	$(PY) tools/make_golden.py

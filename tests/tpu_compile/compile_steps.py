@@ -1,4 +1,4 @@
-"""Compiles steps of a hybrid model for a TPU v6e that need not be there, and prints what came out as JSON.
+"""Compiles steps of a hybrid model, on the Pallas kernels, for a TPU v6e that need not be there; prints JSON.
 
 Run by ``test_step_v6e.py`` in a process of its own: libtpu is loaded once a process and keeps state.
 """
@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 
 from hkv_jax.engine.batch_format import Bucket
 from hkv_jax.kvcache.format import PageLayout
+from hkv_jax.model.xla_attention import AttentionBackend
 from hkv_jax.sharding import MODEL_AXIS
 from hkv_jax.spec import Activation
 from hkv_jax.testing.unbuilt_engine import UnbuiltEngine, hybrid_spec
@@ -54,6 +55,7 @@ def engine(mesh: Mesh, num_layers: int, budget_bytes: int) -> UnbuiltEngine:
         max_num_seqs=16,
         max_chunk=256,
         max_model_len=8192,
+        backend=AttentionBackend.PALLAS,
     )
 
 
