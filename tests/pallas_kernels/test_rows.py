@@ -15,8 +15,8 @@ SHAPE = AttentionShape(PageGeometry(BLOCK, 1, 128, 128), 1, WINDOW, 1.0)
 
 def rows_at(position: int, slot: int, context_start: int = 0, live: bool = True) -> QueryRows:
     """One row, of lane 1."""
-    values = (1, position, context_start, slot)
-    return QueryRows(*(jnp.array([value], jnp.int32) for value in values), jnp.array([live]))
+    lane, at, start, where = (jnp.array([value], jnp.int32) for value in (1, position, context_start, slot))
+    return QueryRows(lane, at, start, where, jnp.array([live]))
 
 
 def ring_before(position: int, width: int) -> np.ndarray:
