@@ -64,7 +64,7 @@ def window_tiles(shape: AttentionShape, dtype: jnp.dtype) -> WindowTiles | None:
     together = next((count for most, count in TOGETHER if row_bytes < most), 1)
     sequences = max(2 * together, min(8 if together > 1 else 4, POOL_BYTES // row_bytes))
     chosen = WindowTiles(sequences, together, heads_per_product(shape))
-    return dataclasses.replace(chosen, **_overrides("windowed_decode", shape))
+    return dataclasses.replace(chosen, **overrides("windowed_decode", shape))
 
 
 def paged_tiles(shape: AttentionShape, dtype: jnp.dtype) -> PagedTiles:
@@ -76,7 +76,7 @@ def paged_tiles(shape: AttentionShape, dtype: jnp.dtype) -> PagedTiles:
     blocks = _power_of_two(min(max(1, min(by_scores, by_bytes)), most, LANES))
     buffers = max(2, min(4, 1 + -(-TILE_BYTES // (blocks * page_bytes(shape, dtype)))))
     chosen = PagedTiles(blocks, buffers, heads_per_product(shape))
-    return dataclasses.replace(chosen, **_overrides("paged_decode", shape))
+    return dataclasses.replace(chosen, **overrides("paged_decode", shape))
 
 
 def heads_per_product(shape: AttentionShape) -> int:
@@ -99,7 +99,8 @@ def _power_of_two(number: int) -> int:
     return 1 << (max(number, 1).bit_length() - 1)
 
 
-def _overrides(kernel: str, shape: AttentionShape) -> dict[str, int]:
+def overrides(kernel: str, shape: AttentionShape) -> dict[str, int]:
+    """What the data file says of a kernel at a shape."""
     of_shape = {
         "num_heads": shape.num_heads,
         "num_kv_heads": shape.pages.num_kv_heads,

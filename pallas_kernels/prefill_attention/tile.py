@@ -13,6 +13,7 @@ import dataclasses
 import jax.numpy as jnp
 
 from pallas_kernels.pages import LANES, AttentionShape, row_tile
+from pallas_kernels.tiles import overrides
 
 ROWS = 1024
 """Rows of scores that one turn of the loops has to work on: fewer, and the units wait for one another."""
@@ -159,6 +160,8 @@ def choose_tile(shape: AttentionShape, num_tokens: int, kv_dtype: jnp.dtype, que
         for count in heads:
             tile = PrefillTile(shape, num_tokens, queries, count, KEYS, held, *runs, *dtypes)
             if tile.vmem_bytes <= VMEM_BYTES:
+                kernel = "paged_prefill" if shape.window is None else "windowed_prefill"
+                tile = dataclasses.replace(tile, **overrides(kernel, shape))  # type: ignore[arg-type]
                 tile.check()
                 return tile
     raise ValueError(f"{shape} does not fit {VMEM_BYTES} bytes of vector memory, however it is cut")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 import pytest
 
+from pallas_kernels import tiles
 from pallas_kernels.pages import AttentionShape, PageGeometry
 from pallas_kernels.prefill_attention.ops import prefill
 from pallas_kernels.prefill_attention.tile import choose_tile
@@ -104,6 +105,16 @@ def test_shapes_that_do_not_fit_are_named() -> None:
         prefill(SMALL, inputs._replace(values=inputs.values[..., :64]))
     with pytest.raises(ValueError, match=r"keys are bfloat16, values float32, the pool float32; round them"):
         prefill(SMALL, inputs._replace(keys=inputs.keys.astype(jnp.bfloat16)))
+
+
+def test_the_data_file_overrules_the_formula(monkeypatch: pytest.MonkeyPatch) -> None:
+    shape_fields = {"num_heads": 4, "num_kv_heads": 2, "key_dim": 128, "block_size": BLOCK}
+    monkeypatch.setattr(tiles, "_data", lambda: {"windowed_prefill": [shape_fields | {"heads": 1, "keys": 128}]})
+    float32 = jnp.dtype(jnp.float32)
+    chosen = choose_tile(SMALL, 64, float32, float32)
+    assert (chosen.heads, chosen.keys) == (1, 128)
+    other = shape_of((4, 2), (128, 128), None)
+    assert (choose_tile(other, 64, float32, float32).heads, choose_tile(other, 64, float32, float32).keys) == (2, 256)
 
 
 @pytest.mark.parametrize("group", [1, 2, 3, 5, 8, 16])
