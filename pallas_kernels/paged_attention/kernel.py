@@ -136,10 +136,6 @@ def _program(tile: PagedTile, queue: _Queue, arrays: Arrays) -> None:
     def _row() -> None:
         _attend_row(tile, queue, arrays, number)
 
-    @pl.when(number >= queue.num_live)
-    def _nothing() -> None:
-        arrays.outputs[...] = jnp.zeros_like(arrays.outputs)
-
     @pl.when(number + 1 == pl.num_programs(0))
     def _last() -> None:
         for back in range(WRITES_HELD):

@@ -7,6 +7,8 @@ Axis letters: S rows, H query heads, D head dim, C planes of a page.
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
@@ -41,7 +43,11 @@ def decode(
     vectors = rows.tables.shape[1]
 
     def by_row(*dims: int) -> pl.BlockSpec:
-        return pl.BlockSpec((1, *dims), lambda i, _lens, _slots, order, _layer: (order[i], *(0 for _ in dims)))
+        def index(i: jax.Array, _lens: Any, _slots: Any, order: Any, layer_and_live: Any) -> tuple[Any, ...]:
+            # Idle rows come last; they stay at the last live one's blocks, so that nothing is moved for them.
+            return (order[jnp.minimum(i, jnp.maximum(layer_and_live[1] - 1, 0))], *(0 for _ in dims))
+
+        return pl.BlockSpec((1, *dims), index)
 
     whole_sinks = [pl.BlockSpec((shape.num_heads, LANES), lambda i, *_: (0, 0)) for _ in sinks]
     in_hbm = pl.BlockSpec(memory_space=pl.ANY)
@@ -90,6 +96,7 @@ def decode(
         rows.tables,
         view,
     )
+    outputs = jnp.where((rows.kv_lens > 0)[:, None, None], outputs, jnp.zeros_like(outputs))
     return heads.unpack_outputs(outputs), view.reshape(inputs.arena.shape)
 
 
