@@ -92,6 +92,7 @@ def main() -> int:
     whole = tokenizer.encode(english(options.whole_tokens, 1)).ids[: options.whole_tokens]
     same &= check_repeat(reader, whole)
     say("\n".join(table(reader.answers)))
+    say("every token is that of a cold run" if same else "tokens differ from those of a cold run")
     return 0 if same else 1
 
 
