@@ -20,21 +20,31 @@ from pallas_kernels.rows import in_vectors
 from pallas_kernels.tiles import page_bytes, vector_memory_limit, window_tiles
 from pallas_kernels.windowed_attention.kernel import WindowTile, decode_kernel
 
+MOST_TABLE_ENTRIES = 2**17
+"""Half of the scalar memory."""
+
 
 def decode(
     shape: AttentionShape, inputs: DecodeInputs, interpret: bool | pltpu.InterpretParams = False
 ) -> tuple[jax.Array, jax.Array]:
     """Writes each row's K/V to its slot and attends over its window.
 
-    A row without a slot sees its own K/V all the same. At most 4,096 rows: their tables are in scalar memory.
+    A row without a slot sees its own K/V all the same. Tables are in scalar memory, so there may be at most
+    ``MOST_TABLE_ENTRIES / M`` rows: 7,710 of a window of 1,024 in blocks of 64.
 
     Returns:
         outputs [S, H, Dv] in the dtype of the queries, 0 for rows of length 0; and the arena, in place.
 
     Raises:
-        ValueError: as ``check_decode`` says.
+        ValueError: as ``check_decode`` says, or there are too many rows.
     """
     check_decode(shape, inputs)
+    if inputs.rows.tables.size > MOST_TABLE_ENTRIES:
+        num_rows, width = inputs.rows.tables.shape
+        raise ValueError(
+            f"{num_rows} rows with tables of {width} entries; at most {MOST_TABLE_ENTRIES // width} rows fit scalar "
+            "memory"
+        )
     tile = _tile(shape, inputs)
     if tile is None:
         tables = in_vectors(inputs.rows.tables)

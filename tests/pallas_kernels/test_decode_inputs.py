@@ -7,6 +7,7 @@ import pytest
 
 from pallas_kernels.decode_inputs import check_decode
 from pallas_kernels.pages import AttentionShape, PageGeometry
+from pallas_kernels.windowed_attention import ops
 from tests.pallas_kernels.decode_cases import DecodeCase
 
 SHAPE = AttentionShape(PageGeometry(16, 2, 128, 128), 4, 32, 0.1)
@@ -35,3 +36,10 @@ def test_blocks_smaller_than_a_tile_of_the_dtype() -> None:
     inputs = DecodeCase(small, (3,), dtype="bfloat16").inputs()
     with pytest.raises(ValueError, match="blocks of 8 tokens; bfloat16 needs a multiple of 16"):
         check_decode(small, inputs)
+
+
+def test_more_rows_than_scalar_memory_has_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "MOST_TABLE_ENTRIES", 5)
+    inputs = DecodeCase(SHAPE, (3, 40)).inputs()
+    with pytest.raises(ValueError, match="2 rows with tables of 3 entries; at most 1 rows fit"):
+        ops.decode(SHAPE, inputs)
