@@ -27,6 +27,9 @@ _RANK = {
 }
 """Of two reasons for one join point the higher counts: BRANCH was seen to be of use, others are guesses."""
 
+MAX_UNASKED = 1024
+"""Join points valued without anything being evicted, after which valuing waits until something must be."""
+
 
 class JoinPoints:
     """All join points of a tree, ordered by worth.
@@ -44,6 +47,8 @@ class JoinPoints:
         self._tree, self._groups, self._order = tree, groups, order
         self._rebuild_tokens = rebuild_tokens
         self._queue = EvictionQueue(order)
+        self._unvalued: dict[JoinPoint, None] = {}
+        self._num_unasked = 0  # join points valued since something was evicted
         self._block_bytes = [group.layout.format.block_bytes for group in groups]
         self._node_bytes = sum(self._block_bytes[g] * (tree.block_size // groups[g].block_size) for g in tree.globals)
         self.living: dict[JoinPoint, None] = {}  # in the order they were made
@@ -111,8 +116,15 @@ class JoinPoints:
                 join.blocks[place] = [moved.get(block, block) for block in join.blocks[place]]
 
     def push(self, join: JoinPoint) -> None:
-        """Notes that what ``join`` is worth may have changed, or that its blocks may have come free."""
-        self._queue.push(join, self.stake(join))
+        """Notes that what ``join`` is worth may have changed, or that its blocks may have come free.
+
+        While memory suffices nobody asks, and it is not valued before somebody does.
+        """
+        if self._num_unasked < MAX_UNASKED:
+            self._num_unasked += 1
+            self._queue.push(join, self.stake(join))
+        else:
+            self._unvalued[join] = None
 
     def stake(self, join: JoinPoint) -> Stake:
         """What evicting ``join`` alone would free, and the work it saves whoever joins here."""
@@ -148,6 +160,10 @@ class JoinPoints:
         return self._evict_first()
 
     def _evict_first(self) -> bool:
+        self._num_unasked = 0
+        for join in self._unvalued:
+            self._queue.push(join, self.stake(join))
+        self._unvalued.clear()
         while (popped := self._queue.pop()) is not None:
             join, key = popped
             stake = self.stake(join)
@@ -257,6 +273,7 @@ class JoinPoints:
         join.alive = False
         join.node.join = None
         del self.living[join]
+        self._unvalued.pop(join, None)
         for group, blocks in zip(self._tree.sliding, join.blocks, strict=False):
             self._groups[group].pool.unkeep(blocks)
         self._tree.release(join.node)
