@@ -28,6 +28,7 @@ class Stage:
     steps: int
     repeat_rate: float
     remind_rate: float
+    leave_out: float
 
     @property
     def tokens(self) -> int:
@@ -36,10 +37,15 @@ class Stage:
 
 
 STAGES = (
-    Stage(256, batch=8, steps=600, repeat_rate=0.3, remind_rate=0.6),
-    Stage(1024, batch=3, steps=350, repeat_rate=0.3, remind_rate=0.2),
-    Stage(4096, batch=1, steps=250, repeat_rate=0.0, remind_rate=0.0),
+    Stage(256, batch=8, steps=500, repeat_rate=0.3, remind_rate=0.6, leave_out=0.0),
+    Stage(1024, batch=3, steps=700, repeat_rate=0.3, remind_rate=0.2, leave_out=0.3),
+    Stage(4096, batch=1, steps=350, repeat_rate=0.0, remind_rate=0.0, leave_out=0.1),
+    Stage(1024, batch=3, steps=100, repeat_rate=0.0, remind_rate=0.0, leave_out=0.1),
 )
+
+COPY_STEP = 1100
+"""Before this step the attention of the last global layer is made a copy of the first one's: by then the first finds
+facts and the other does nothing yet. From there it learns to find what the first one's finding leads to."""
 
 
 def total_steps(stages: tuple[Stage, ...] = STAGES) -> int:
@@ -56,10 +62,27 @@ def stage_at(step: int, stages: tuple[Stage, ...] = STAGES) -> Stage:
     raise ValueError(f"step is past the end of the last stage by {step}")
 
 
-def documents(encoder: WordEncoder, stage: Stage, seed: int, step: int) -> list[Document]:
-    """The batch of one step: the same seed and step give the same documents, wherever training was resumed."""
+@dataclasses.dataclass(frozen=True, slots=True)
+class Batch:
+    """The documents of one step, and for each global layer 1, or 0 where its attention is left out in this step."""
+
+    documents: list[Document]
+    gates: tuple[float, float]
+
+
+def draw_batch(encoder: WordEncoder, stage: Stage, seed: int, step: int) -> Batch:
+    """The batch of one step: the same seed and step give the same one, wherever training was resumed.
+
+    A model finds its facts with whichever global layer learns it first, and leaves the other idle. So that both learn
+    to, one is left out now and then; questions that take two lookups are only asked when both are there.
+    """
     rng = np.random.default_rng([seed, step])
-    return [write(rng, encoder, draw_plan(rng, stage)) for _ in range(stage.batch)]
+    draw = rng.random()
+    gates = (0.0, 1.0) if draw < stage.leave_out else (1.0, 0.0) if draw < stage.leave_out + 0.05 else (1.0, 1.0)
+    plans = [draw_plan(rng, stage) for _ in range(stage.batch)]
+    if min(gates) == 0.0:
+        plans = [dataclasses.replace(plan, relation_share=0.0) for plan in plans]
+    return Batch([write(rng, encoder, plan) for plan in plans], gates)
 
 
 def draw_plan(rng: np.random.Generator, stage: Stage) -> Plan:
@@ -74,7 +97,8 @@ def draw_plan(rng: np.random.Generator, stage: Stage) -> Plan:
         num_facts=num_facts,
         same_attribute=bool(rng.random() < 0.5),
         clause_rate=float(rng.choice([0.0, 0.2] if crowded or short else [0.0, 0.3, 0.7])),
-        relation_share=float(rng.choice([0.0, 0.3] if crowded or short else [0.0, 0.4, 0.9])),
+        relation_share=float(rng.choice([0.0, 0.3] if short else [0.2, 0.4] if crowded else [0.4, 0.9])),
+        relation_rate=0.2 if short else 0.6,
         repeat_rate=stage.repeat_rate,
         remind_rate=stage.remind_rate,
         task_rate=0.06,

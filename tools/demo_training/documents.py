@@ -16,6 +16,8 @@ from tools.demo_training.grammar import Exchange, Fact, Relation
 from tools.demo_training.tokenizer import WordEncoder
 
 FIRST_TOKEN_WEIGHT = 2.0
+LEAD_WEIGHT = 0.5
+"""Of the words of an answer before the value: they must be right, too, and are copied from the question."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +31,7 @@ class Plan:
         held_out: names and values are those never trained on.
         clause_rate: share of facts with a clause between name and value.
         relation_share: relations told, as a share of ``num_facts``; each is asked through to a fact.
+        relation_rate: how often a question through a relation comes after one for the relation itself.
         repeat_rate: share of the gaps filled with questions asked again instead of filler.
         remind_rate: share of the gaps filled with facts told again, whose values count as answers.
         task_rate: share of the gaps filled with copying and counting.
@@ -44,6 +47,7 @@ class Plan:
     held_out: bool = False
     clause_rate: float = 0.25
     relation_share: float = 0.3
+    relation_rate: float = 0.2
     repeat_rate: float = 0.0
     remind_rate: float = 0.0
     task_rate: float = 0.05
@@ -112,7 +116,7 @@ class Writer:
         """The question, then the model's turn; ``told_at`` is where the value was told."""
         self.say(exchange.question)
         self._add([self._marks[vocabulary.END], self._marks[vocabulary.MODEL]])
-        self._add(self._encoder.encode(exchange.lead.rstrip()))
+        self._add(self._encoder.encode(exchange.lead.rstrip()), LEAD_WEIGHT)
         self._answer(exchange.answer, kind, told_at, exchange.weight)
         self._add([*self._encoder.encode("."), self._marks[vocabulary.END], self._marks[vocabulary.USER]])
         self._turn_is_empty = True
@@ -161,7 +165,7 @@ class _Telling:
         fact = self.world.facts[index]
         through = index in self.relation_told and (self.rng.random() < 0.7)
         if through:
-            if self.rng.random() < 0.2:
+            if self.rng.random() < self.plan.relation_rate:
                 relation = self.world.relations[index]
                 self.writer.exchange(grammar.ask_relation(relation), "relation", self.relation_told[index])
             told_at = min(self.fact_told[index], self.relation_told[index])
@@ -240,14 +244,17 @@ def make_world(rng: np.random.Generator, plan: Plan) -> World:
         owners = _some(rng, known, plan.num_facts)
         facts = [Fact(owner, thing, attribute, grammar.pick(rng, values)) for owner in owners]
     else:
-        low = max(2, plan.num_facts // 4)
+        # Few of each in some documents: then attribute and thing do not give an owner away, who must be looked up.
+        things = _some(rng, vocabulary.OBJECTS, int(rng.integers(2, len(vocabulary.OBJECTS) + 1)))
+        attributes = _some(rng, vocabulary.ATTRIBUTES, int(rng.integers(2, len(vocabulary.ATTRIBUTES) + 1)))
+        low = max(2, plan.num_facts // 4, -(-2 * plan.num_facts // (len(things) * len(attributes))))
         owners = _some(rng, known, int(rng.integers(low, max(low, plan.num_facts) + 1)))
         keys: dict[tuple[str, str, str], None] = {}
         while len(keys) < plan.num_facts:
-            owner, thing = grammar.pick(rng, owners), grammar.pick(rng, vocabulary.OBJECTS)
-            keys[owner, thing, grammar.pick(rng, vocabulary.ATTRIBUTES)] = None
+            owner, thing = grammar.pick(rng, owners), grammar.pick(rng, things)
+            keys[owner, thing, grammar.pick(rng, attributes)] = None
             if rng.random() < 0.3 and len(keys) < plan.num_facts:
-                keys[owner, thing, grammar.pick(rng, vocabulary.ATTRIBUTES)] = None
+                keys[owner, thing, grammar.pick(rng, attributes)] = None
         facts = [Fact(*key, grammar.pick(rng, values)) for key in keys]
     num_relations = min(round(plan.relation_share * plan.num_facts), len(known) - len(owners))
     relatives = _some(rng, tuple(name for name in known if name not in set(owners)), num_relations)

@@ -13,6 +13,8 @@ import numpy as np
 from tools.demo_training import vocabulary as words
 
 MAX_CLAUSE_PARTS = 5
+THROUGH_WEIGHT = 3.0
+"""Questions that take two lookups are the hardest, and not the most frequent."""
 COPIED_DIGITS = 27
 """Digits of a number to copy. Each is copied 31 tokens later: after the rest of them, ".", the marks that end the turn
 and open the answer, "It" and "is", and read from one token before."""
@@ -85,7 +87,7 @@ def ask_relation(relation: Relation) -> Exchange:
 def ask_through(relation: Relation, fact: Fact) -> Exchange:
     """The question for a fact whose owner is only named by a relation: two facts must be found, one after the other."""
     about = f"{fact.attribute} of {relation.owner}'s {relation.kind}'s {fact.thing}"
-    return Exchange(f"What is the {about}?", f"The {about} is ", fact.value)
+    return Exchange(f"What is the {about}?", f"The {about} is ", fact.value, weight=THROUGH_WEIGHT)
 
 
 def follow_up_owner(fact: Fact) -> Exchange:

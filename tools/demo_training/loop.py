@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 
 from tools.demo_training import checkpoint, curriculum, optimiser
 from tools.demo_training.checkpoint import State
-from tools.demo_training.curriculum import Stage
+from tools.demo_training.curriculum import Batch, Stage
 from tools.demo_training.documents import Document
-from tools.demo_training.model import Parameters, Shape, forward, initial_parameters
+from tools.demo_training.model import Parameters, Shape, copy_global_attention, forward, initial_parameters
 from tools.demo_training.tokenizer import WordEncoder
 
 OTHER_TOKENS = 0.1
@@ -31,12 +31,14 @@ REPORT_EVERY = 20
 SAVE_EVERY = 100
 
 
-def loss(shape: Shape, parameters: Parameters, tokens: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
+def loss(
+    shape: Shape, parameters: Parameters, tokens: jax.Array, weights: jax.Array, global_gates: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     """Weighted mean cross-entropy of answers plus a tenth of that of all other tokens; and which tokens were foreseen.
 
-    tokens i32[B, T], weights f32[B, T] → a scalar, and bool[B, T] (the first column false).
+    tokens i32[B, T], weights f32[B, T], gates f32[global layers] → a scalar, and bool[B, T] (the first column false).
     """
-    logits = forward(shape, parameters, tokens)[:, :-1]
+    logits = forward(shape, parameters, tokens, global_gates)[:, :-1]
     targets = jax.nn.one_hot(tokens[:, 1:], shape.vocab_size)
     entropies = -jnp.sum(jax.nn.log_softmax(logits) * targets, axis=-1)
     answer = weights[:, 1:]
@@ -64,10 +66,12 @@ def train(
     tally, started, tokens_done = Tally(), time.perf_counter(), 0
     while state.step < total:
         stage = curriculum.stage_at(state.step, stages)
-        batch = curriculum.documents(encoder, stage, seed, state.step)
-        tokens, weights = as_arrays(batch)
+        if state.step == curriculum.COPY_STEP:
+            state.parameters = copy_global_attention(shape, state.parameters)
+        batch = curriculum.draw_batch(encoder, stage, seed, state.step)
+        tokens, weights = as_arrays(batch.documents)
         value, right, state.parameters, state.optimiser = _step(
-            shape, transform, state.parameters, state.optimiser, tokens, weights
+            shape, transform, state.parameters, state.optimiser, (tokens, weights, np.asarray(batch.gates, np.float32))
         )
         tally.add(float(value), batch, np.asarray(right))
         state.step, tokens_done = state.step + 1, tokens_done + tokens.size
@@ -97,12 +101,14 @@ class Tally:
         self._losses: list[float] = []
         self._right: defaultdict[str, list[bool]] = defaultdict(list)
 
-    def add(self, value: float, batch: list[Document], right: NDArray[np.bool_]) -> None:
-        """One step's outcome; ``right`` as ``loss`` gives it."""
+    def add(self, value: float, batch: Batch, right: NDArray[np.bool_]) -> None:
+        """One step's outcome; ``right`` as ``loss`` gives it. Steps without a global layer are counted apart."""
         self._losses.append(value)
-        for document, row in zip(batch, right, strict=True):
+        suffix = "" if min(batch.gates) == 1.0 else f" without {batch.gates.index(0.0) + 1}"
+        for document, row in zip(batch.documents, right, strict=True):
             for answer in document.answers:
-                self._right[answer.kind].append(bool(row[answer.start : answer.start + answer.num_tokens].all()))
+                whole = row[answer.start : answer.start + answer.num_tokens].all()
+                self._right[answer.kind + suffix].append(bool(whole))
 
     def take(self) -> dict[str, float]:
         """The means, rounded; counting starts again."""
@@ -119,9 +125,8 @@ def _step(
     transform: optax.GradientTransformation,
     parameters: Parameters,
     optimiser_state: Any,
-    tokens: jax.Array,
-    weights: jax.Array,
+    batch: tuple[jax.Array, jax.Array, jax.Array],
 ) -> tuple[jax.Array, jax.Array, Parameters, Any]:
-    (value, right), gradients = jax.value_and_grad(partial(loss, shape), has_aux=True)(parameters, tokens, weights)
+    (value, right), gradients = jax.value_and_grad(partial(loss, shape), has_aux=True)(parameters, *batch)
     updates, optimiser_state = transform.update(gradients, optimiser_state, parameters)
     return value, right, optax.apply_updates(parameters, updates), optimiser_state

@@ -92,12 +92,21 @@ def initial_parameters(shape: Shape, seed: int) -> Parameters:
         name: np.full((layers, shape.head_dim), _INITIAL_SHARPNESS, np.float32) for name in ("q_norm", "k_norm")
     }
     parameters["final_norm"] = np.zeros(hidden, np.float32)
-    parameters["embedding"] = rng.standard_normal((shape.vocab_size, hidden), np.float32) / np.float32(np.sqrt(hidden))
+    embedding = rng.standard_normal((shape.vocab_size, hidden), np.float32) / np.float32(np.sqrt(hidden))
+    for bare, spaced in tokenizer.twins():
+        embedding[bare] = embedding[spaced]
+    parameters["embedding"] = embedding
     return {name: jnp.asarray(array) for name, array in parameters.items()}
 
 
-def forward(shape: Shape, parameters: Parameters, tokens: jax.Array) -> jax.Array:
-    """Logits of every position: i32[B, T] → f32[B, T, V]. T is a multiple of every window."""
+def forward(
+    shape: Shape, parameters: Parameters, tokens: jax.Array, global_gates: jax.Array | None = None
+) -> jax.Array:
+    """Logits of every position: i32[B, T] → f32[B, T, V]. T is a multiple of every window.
+
+    ``global_gates`` f32[global layers] multiply what the attention of each global layer adds; training leaves one out
+    now and then.
+    """
     batch, length = tokens.shape
     # A product with one-hot rows, no lookup: its gradient is a product too, where a lookup's is a slow scatter.
     x = jax.nn.one_hot(tokens, shape.vocab_size) @ (parameters["embedding"] * jnp.sqrt(jnp.float32(shape.hidden)))
@@ -115,11 +124,20 @@ def forward(shape: Shape, parameters: Parameters, tokens: jax.Array) -> jax.Arra
             attend_globally(queries, keys, values) if window is None else attend_near(queries, keys, values, window)
         )
         branch = attended.reshape(batch, length, -1) @ weights["o"]
-        x = x + rms_norm(branch, weights["post_attention_norm"])
+        branch = rms_norm(branch, weights["post_attention_norm"])
+        gate = global_gates[shape.globals_at.index(layer)] if is_global and global_gates is not None else 1.0
+        x = x + gate * branch
         normed = rms_norm(x, weights["mlp_norm"])
         branch = (jax.nn.gelu(normed @ weights["gate"], approximate=True) * (normed @ weights["up"])) @ weights["down"]
         x = x + rms_norm(branch, weights["post_mlp_norm"])
     return rms_norm(x, parameters["final_norm"]) @ parameters["embedding"].T
+
+
+def copy_global_attention(shape: Shape, parameters: Parameters) -> Parameters:
+    """The parameters with the attention of the first global layer in the place of the last one's, too."""
+    first, last = shape.globals_at[0], shape.globals_at[-1]
+    copied = {name: parameters[name].at[last].set(parameters[name][first]) for name in _ATTENTION}
+    return {**parameters, **copied}
 
 
 def rms_norm(x: jax.Array, weight: jax.Array) -> jax.Array:
@@ -183,6 +201,7 @@ def _rotate(x: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
     return jnp.concatenate([first * cosine - second * sine, second * cosine + first * sine], axis=-1)
 
 
+_ATTENTION = ("q", "k", "v", "o", "q_norm", "k_norm", "attention_norm", "post_attention_norm")
 _FOLDER_NAMES = {
     "q": "self_attn.q_proj",
     "k": "self_attn.k_proj",
@@ -224,15 +243,9 @@ def configuration(shape: Shape) -> dict[str, Any]:
             "sliding_attention": {"rope_type": "default", "rope_theta": shape.local_theta},
         },
         "max_position_embeddings": tokenizer.MAX_POSITION,
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        "attn_logit_softcapping": None,
-        "final_logit_softcapping": None,
-        "use_bidirectional_attention": False,
         "tie_word_embeddings": True,
         "bos_token_id": special.index(vocabulary.BOS),
         "eos_token_id": [special.index(vocabulary.EOS), special.index(vocabulary.END)],
-        "pad_token_id": special.index(vocabulary.PAD),
     }
 
 
@@ -241,8 +254,9 @@ def save(folder: Path, shape: Shape, parameters: Mapping[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     config = configuration(shape)
     _write_json(folder / "config.json", config)
-    ids = {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    _write_json(folder / "generation_config.json", {**ids, "do_sample": False})
+    ids = {name: config[name] for name in ("bos_token_id", "eos_token_id")}
+    pad = vocabulary.SPECIAL_TOKENS.index(vocabulary.PAD)
+    _write_json(folder / "generation_config.json", {**ids, "pad_token_id": pad, "do_sample": False})
     tensors: dict[str, np.ndarray[Any, Any]] = {
         "model.embed_tokens.weight": np.asarray(parameters["embedding"]),
         "model.norm.weight": np.asarray(parameters["final_norm"]),

@@ -14,13 +14,12 @@ from tools.demo_training.tokenizer import WordEncoder
 
 
 def recall_questions(length: int, num_facts: int, per_document: int, num_copies: int) -> list[Question]:
-    """The farthest facts of a document of each kind, half of them asked through a relation, and numbers to copy."""
+    """The farthest facts of a document of each kind, and numbers to copy."""
     encoder, questions = WordEncoder(), list[Question]()
     for index, kind in enumerate(evaluation.KINDS):
         rng = np.random.default_rng([evaluation.EVALUATION_SEED, length, num_facts, index])
         document = documents.write(rng, encoder, evaluation.plan(length, num_facts, kind))
-        through = farthest(document, per_document // 2, ("through",))
-        questions += through + farthest(document, per_document - len(through), ("fact",))
+        questions += farthest(document, per_document, ("fact",))
     rng = np.random.default_rng([evaluation.EVALUATION_SEED, length])
     plan = Plan(length=length, num_facts=2, same_attribute=False, held_out=True, task_rate=0.5)
     return questions + farthest(documents.write(rng, encoder, plan), num_copies, ("copy",))

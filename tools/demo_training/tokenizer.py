@@ -44,6 +44,12 @@ def token_names() -> tuple[str, ...]:
     return tuple(dict.fromkeys((*words.SPECIAL_TOKENS, SPACE, *(SPACE + word for word in spaced), *bare)))
 
 
+def twins() -> list[tuple[int, int]]:
+    """Ids of the first pieces of names, which come with and without a space in front: (without, with)."""
+    ids = {name: index for index, name in enumerate(token_names())}
+    return [(ids[name], ids[SPACE + name]) for name in words.NAME_STARTS]
+
+
 def build() -> Tokenizer:
     """The tokenizer; encoding puts ``<bos>`` before a text."""
     special = len(words.SPECIAL_TOKENS)

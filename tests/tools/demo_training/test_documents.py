@@ -41,7 +41,9 @@ def test_weights_mark_answers_and_nothing_else() -> None:
     marked = {i for one in document.answers for i in range(one.start, one.start + one.num_tokens)}
     weighted = {index for index, weight in enumerate(document.weights) if weight > 0}
     assert marked <= weighted
-    assert all(index > max(marked) for index in weighted - marked)  # of an answer that the end cuts off
+    model_turn = vocabulary.SPECIAL_TOKENS.index(vocabulary.MODEL)
+    for index in weighted - marked:  # the words of an answer before its value
+        assert model_turn in document.tokens[index - 12 : index]
 
 
 def test_a_document_is_as_long_as_it_should_be_and_the_same_for_a_seed() -> None:
@@ -118,7 +120,7 @@ def test_half_of_the_documents_tell_one_attribute_in_every_stage() -> None:
         assert 0.4 < share < 0.6
 
 
-def test_the_last_stage_asks_nothing_twice() -> None:
-    stage = curriculum.STAGES[-1]
-    assert stage.repeat_rate == stage.remind_rate == 0
-    assert stage.length == 4096
+def test_the_last_stages_ask_nothing_twice() -> None:
+    assert max(stage.length for stage in curriculum.STAGES) == 4096
+    first = next(index for index, stage in enumerate(curriculum.STAGES) if stage.length == 4096)
+    assert all(stage.repeat_rate == stage.remind_rate == 0 for stage in curriculum.STAGES[first:])

@@ -21,7 +21,7 @@ from tools.demo_training.softmax_attention import attend
 from tools.demo_training.tokenizer import WordEncoder
 
 TINY = model.Shape(384, hidden=16, intermediate=16, num_heads=2, head_dim=8, windows=(32, None), globals_at=(1,))
-STAGES = (Stage(64, 2, 3, 0.5, 0.2), Stage(128, 1, 2, 0.0, 0.0))
+STAGES = (Stage(64, 2, 3, 0.5, 0.2, 0.5), Stage(128, 1, 2, 0.0, 0.0, 0.0))
 
 
 def naive(queries: np.ndarray, keys: np.ndarray, values: np.ndarray, window: int | None) -> np.ndarray:
@@ -99,14 +99,14 @@ def test_a_run_that_is_stopped_goes_on_as_if_it_were_not(tmp_path: Path, monkeyp
     class StoppedError(Exception):
         pass
 
-    def stop_at_four(encoder: WordEncoder, stage: Stage, seed: int, step: int) -> object:
+    def stop_at_four(encoder: WordEncoder, stage: Stage, seed: int, step: int) -> curriculum.Batch:
         if step == 4:
             raise StoppedError
-        return documents(encoder, stage, seed, step)
+        return draw_batch(encoder, stage, seed, step)
 
-    documents = curriculum.documents
+    draw_batch = curriculum.draw_batch
     with monkeypatch.context() as patched:
-        patched.setattr(curriculum, "documents", stop_at_four)
+        patched.setattr(curriculum, "draw_batch", stop_at_four)
         with pytest.raises(StoppedError):
             loop.train(tmp_path / "stopped", TINY, 7, lambda _: None, STAGES)
     resumed = loop.train(tmp_path / "stopped", TINY, 7, lambda _: None, STAGES)
@@ -123,7 +123,7 @@ def test_a_run_of_other_settings_is_refused(tmp_path: Path) -> None:
 
 
 def test_training_lowers_the_loss(tmp_path: Path) -> None:
-    state = loop.train(tmp_path, TINY, 0, lambda _: None, (Stage(64, 4, 60, 0.5, 0.2),))
+    state = loop.train(tmp_path, TINY, 0, lambda _: None, (Stage(64, 4, 60, 0.5, 0.2, 0.0),))
     assert state.curve[-1]["loss"] < 0.7 * state.curve[0]["loss"]
     record = json.loads((tmp_path / "record.json").read_text())
     assert record["step"] == 60
