@@ -25,7 +25,7 @@ export JAX_PLATFORMS
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 22
 
-demo: $(VENV)/.installed-run ## start the server on the demo model, stream a few answers, show what the cache did
+demo: $(VENV)/.installed-run ## start the server on the bundled model, ask it from several clients, show what the cache did
 	@$(PY) tools/demo.py
 
 test: $(VENV)/.installed-dev ## the whole test suite (ARGS="tests/kvcache -k name" for a part)

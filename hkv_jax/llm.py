@@ -18,7 +18,7 @@ from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from hkv_jax.config import EngineConfig
+from hkv_jax.config import DEMO_MODEL, EngineConfig
 from hkv_jax.engine.loop import EngineLoop
 from hkv_jax.engine.open_model import EngineFactory, OpenModel, Progress, open_model
 from hkv_jax.engine.outbox import RequestStream
@@ -69,7 +69,7 @@ class LLM:
         """Opens the model in a folder: loads, compiles, warms up.
 
         Args:
-            model: a checkpoint folder; the bundled demo model when left out.
+            model: a checkpoint folder; the bundled demo model when left out, or when it is ``"demo"``.
             progress: show bars on stderr; when left out, if stderr is a terminal or a notebook. A function is told
                 instead what was made ready, how many things are, and how many there are to be.
             engine_factory: makes the engine; the real one when left out, a fake in tests.
@@ -88,6 +88,15 @@ class LLM:
         atexit.register(self._model.loop.close)
         self._finalizer = weakref.finalize(self, _close, self._model.loop)
         self._finalizer.atexit = False
+
+    @classmethod
+    def demo(cls, **options: Any) -> Self:
+        """Opens the bundled model, which answers questions about facts in a long text; ``options`` as the constructor.
+
+        Raises:
+            ConfigError: as the constructor.
+        """
+        return cls(DEMO_MODEL, **options)
 
     @property
     def config(self) -> EngineConfig:

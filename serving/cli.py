@@ -27,7 +27,7 @@ EXIT_INTERRUPTED = 130
 
 _EPILOG = """\
 start with:
-  hkv-jax generate --prompt "The capital of France is"    the bundled demo model continues a text
+  hkv-jax chat --message "The key of Ada's box is 4713. What is the key of Ada's box?"    ask the bundled demo model
   hkv-jax chat --model models/smollm2-135m                talk to a model
   hkv-jax serve --port 50051                              serve it over gRPC (hkv.v1.Inference)
   hkv-jax COMMAND --help                                  all flags of a command

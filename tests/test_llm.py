@@ -10,6 +10,7 @@ import sys
 import textwrap
 import weakref
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import numpy as np
 import pytest
 
 from hkv_jax import LLM, SamplingParams
+from hkv_jax.config import DEMO_MODEL
 from hkv_jax.errors import ConfigError, EngineStoppedError, RequestError
 from hkv_jax.outputs import FinishReason, RequestOutput
 from hkv_jax.testing.fake_engine import FakeEngineConfig, fake_engine
@@ -327,3 +329,10 @@ def test_importing_loads_nothing_heavy(folder: Path) -> None:
         "import sys; from hkv_jax import LLM; print({'jax', 'flax', 'grpc', 'rich', 'tokenizers'} & set(sys.modules))",
     )
     assert (result.stdout, result.stderr) == ("set()\n", "")
+
+
+def test_the_bundled_model_has_three_names() -> None:
+    for opened in (LLM.demo, LLM, partial(LLM, "demo")):
+        with opened(engine_factory=fake_engine_factory()) as llm:
+            assert llm.config.model == DEMO_MODEL
+            assert llm.tokenizer.has_chat_template

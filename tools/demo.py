@@ -1,95 +1,164 @@
-"""`make demo`: the server as users start it, a handful of clients at once, and what the hybrid cache did meanwhile.
+"""`make demo`: the server as users start it, clients asking about long documents, and what the hybrid cache did.
 
-Owns nothing: what it shows is the `hkv-jax` command, the project's client, and what the server tells. It leaves nothing
-in the working tree: the bundled demo model is served, or, while there is none, a small random one from a temporary
-folder.
+Owns nothing: what it shows is the `hkv-jax` command on its bundled model, the project's client, and what the server
+tells. The documents are full of facts about people; each question asks for one of them, and the model was trained to
+find it. A cache that loses or mixes up a block gives a wrong value, and then the exit status is not 0. Nothing is left
+in the working tree.
 """
 
 from __future__ import annotations
 
 import asyncio
-import subprocess
+import dataclasses
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol
 
-from rich.columns import Columns
 from rich.console import Console, Group
 from rich.live import Live
-from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from hkv_jax import SamplingParams
-from hkv_jax.config import DEMO_MODEL
-from hkv_jax.errors import HkvError
-from serving.client import AsyncInferenceClient
-from serving.info import ServerInfo
-from serving.server_process import ServerProcess
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
 
-PROMPTS = (
-    "Once upon a time there was a river that",
-    "The old lighthouse keeper opened the door and",
-    "Winter came early to the village, so",
-    "A small boat left the harbor at dawn;",
-    "In the garden behind the house",
-    "The map showed an island where",
-)
-# Long enough that every window slides several times; stops are masked until it has.
-PARAMS = SamplingParams(min_tokens=180, max_tokens=200)
+from hkv_jax import SamplingParams  # noqa: E402
+from hkv_jax.config import DEMO_MODEL  # noqa: E402
+from hkv_jax.errors import HkvError  # noqa: E402
+from hkv_jax.outputs import Usage  # noqa: E402
+from hkv_jax.tokenizer import Tokenizer  # noqa: E402
+from serving.client import AsyncInferenceClient  # noqa: E402
+from serving.info import ServerInfo  # noqa: E402
+from serving.server_process import ServerProcess  # noqa: E402
+from tools.demo_training.story import Story, tell  # noqa: E402
+
+GREEDY = SamplingParams(temperature=0, max_tokens=32)
+NUM_DOCUMENTS, DOCUMENT_TOKENS, FACTS_A_DOCUMENT = 2, 3000, 24
+QUESTIONS_A_DOCUMENT = 5
 # Few and small programs: they are compiled at the first start and kept in the user's cache folder.
 FLAGS = (
-    *("--max-model-len", "512", "--max-num-seqs", "4"),
-    *("--max-num-batched-tokens", "32", "--kv-cache-memory", "8MiB"),
+    *("--model", "demo", "--max-model-len", "4096", "--max-num-seqs", "4"),
+    *("--max-num-batched-tokens", "128", "--kv-cache-memory", "16MiB"),
 )
 START_SECONDS = 300.0
 STOP_SECONDS = 60.0
-SHOWN_CHARACTERS = 320
+
+
+class Server(Protocol):
+    """What the demo needs of a server: ``ServerProcess`` is one."""
+
+    def address(self, timeout: float) -> str:
+        """Where it listens."""
+        ...
+
+    def stop(self, timeout: float) -> int:
+        """Ends it; its exit code."""
+        ...
 
 
 class DemoError(Exception):
     """Something did not go as it must; the message is for the user."""
 
 
+@dataclasses.dataclass
+class Question:
+    """One client's question about a document, and what became of it."""
+
+    document: int
+    story: Story
+    text: str
+    expected: str
+    answer: str = ""
+    usage: Usage | None = None
+
+    @property
+    def right(self) -> bool:
+        """Whether the whole answer came, and nothing else."""
+        return self.usage is not None and self.answer.strip() == self.expected
+
+    def row(self) -> tuple[str, str, Text, str]:
+        """For the table: document, question, answer, and how much of the prompt was cached."""
+        if self.usage is None:
+            return f"{self.document}", self.text, Text(self.answer), ""
+        verdict = Text(self.answer.strip(), "green" if self.right else "bold red")
+        if not self.right:
+            verdict.append(f"  (should be: {self.expected})")
+        return f"{self.document}", self.text, verdict, f"{self.usage.cached_tokens:,} of {self.usage.prompt_tokens:,}"
+
+
 class Answers:
-    """The streams side by side, as they grow."""
+    """All questions and their answers, as they grow."""
 
-    def __init__(self, prompts: Sequence[str]) -> None:
-        self._prompts = prompts
-        self._texts = [""] * len(prompts)
-        self.num_tokens = [0] * len(prompts)
-
-    def add(self, index: int, text: str, num_tokens: int) -> None:
-        self._texts[index] += text
-        self.num_tokens[index] += num_tokens
+    def __init__(self, questions: Sequence[Question]) -> None:
+        self._questions = questions
 
     def __rich__(self) -> Group:
-        panels = []
-        for prompt, text, num_tokens in zip(self._prompts, self._texts, self.num_tokens, strict=True):
-            tail = text if len(text) <= SHOWN_CHARACTERS else "… " + text[-SHOWN_CHARACTERS:].partition(" ")[2]
-            panels.append(Panel(Text.assemble((prompt, "bold"), tail), subtitle=f"{num_tokens} tokens", height=9))
-        return Group(Columns(panels, width=58, equal=True))
+        table = Table(title="Several clients ask at once", title_justify="left")
+        table.add_column("document", justify="right")
+        table.add_column("question", no_wrap=True)
+        table.add_column("answer", min_width=34)
+        table.add_column("tokens from the prefix cache", justify="right")
+        for question in self._questions:
+            table.add_row(*question.row())
+        return Group(table)
 
 
-async def ask_all(address: str, console: Console) -> ServerInfo:
-    """All prompts at once, one client; then what the server says about its cache."""
-    answers = Answers(PROMPTS)
+def make_questions() -> list[Question]:
+    """Some questions about each of a few documents, about facts from its beginning to its end."""
+    questions = []
+    for document in range(1, NUM_DOCUMENTS + 1):
+        story = tell(document, DOCUMENT_TOKENS, FACTS_A_DOCUMENT)
+        step = len(story.exchanges) // QUESTIONS_A_DOCUMENT
+        for exchange in story.exchanges[::step][:QUESTIONS_A_DOCUMENT]:
+            expected = f"{exchange.lead}{exchange.answer}."
+            questions.append(Question(document, story, exchange.question, expected))
+    return questions
 
-    async def ask(client: AsyncInferenceClient, index: int) -> None:
-        async for delta in client.generate_stream(PROMPTS[index], PARAMS.replace(seed=index)):
-            answers.add(index, delta.completion.text, len(delta.completion.token_ids))
-            live.update(answers)
 
+async def ask(client: AsyncInferenceClient, tokenizer: Tokenizer, question: Question) -> None:
+    """Streams one answer; the document and the question are one message of a chat."""
+    message = {"role": "user", "content": f"{question.story.text} {question.text}"}
+    async for delta in client.generate_stream(tokenizer.encode_chat([message]), GREEDY):
+        question.answer += delta.completion.text
+        question.usage = delta.usage or question.usage
+
+
+async def ask_all(address: str, console: Console) -> tuple[list[Question], ServerInfo]:
+    """The first question about each document, then all others at once; and what the server says about its cache."""
+    questions, tokenizer = make_questions(), Tokenizer.from_folder(DEMO_MODEL)
     async with AsyncInferenceClient(address) as client:
         await client.wait_ready(timeout=START_SECONDS)
-        with Live(answers, console=console, refresh_per_second=4) as live:
-            async with asyncio.TaskGroup() as tasks:
-                for index in range(len(PROMPTS)):
-                    tasks.create_task(ask(client, index))
-        if min(answers.num_tokens) < (PARAMS.min_tokens or 0):
-            raise DemoError(f"answers of {answers.num_tokens} tokens; each should have {PARAMS.min_tokens} or more")
-        return await client.server_info()
+        first = [
+            next(one for one in questions if one.document == document) for document in {q.document for q in questions}
+        ]
+        rest = [one for one in questions if one not in first]
+        with Live(Answers(questions), console=console, refresh_per_second=4):
+            for batch in (first, rest):
+                async with asyncio.TaskGroup() as tasks:
+                    for question in batch:
+                        tasks.create_task(ask(client, tokenizer, question))
+        return questions, await client.server_info()
+
+
+def check(questions: Sequence[Question], info: ServerInfo) -> None:
+    """The answers must be right, and the figures those of a cache that works.
+
+    Raises:
+        DemoError: one is not.
+    """
+    wrong = [one for one in questions if not one.right]
+    if wrong:
+        first = wrong[0]
+        raise DemoError(
+            f"{len(wrong)} of {len(questions)} answers are wrong; to {first.text!r} came {first.answer.strip()!r}, "
+            f"which should be {first.expected!r}"
+        )
+    for pool in info.pools:
+        if not pool.peak_used_blocks:
+            raise DemoError(f"the {pool.name} pool was never used")
+        if pool.name.startswith("sliding") and not pool.released_early_blocks:
+            raise DemoError(f"the {pool.name} pool released no block early")
 
 
 def cache_table(info: ServerInfo) -> Table:
@@ -111,45 +180,49 @@ def cache_table(info: ServerInfo) -> Table:
     return table
 
 
-def check(info: ServerInfo) -> None:
-    """The figures must be those of a cache that works."""
-    for pool in info.pools:
-        if not pool.peak_used_blocks:
-            raise DemoError(f"the {pool.name} pool was never used")
-        if pool.name.startswith("sliding") and not pool.released_early_blocks:
-            raise DemoError(f"the {pool.name} pool released no block early")
+def prefix_line(info: ServerInfo) -> str:
+    """What the prefix cache saved, with the hits by kind."""
+    prefix = info.prefix
+    hits = ", ".join(f"{count} {hit}" for hit, count in prefix.hits.items() if count)
+    return (
+        f"Prefix cache: {prefix.prefix_hit_tokens:,} of {prefix.prompt_tokens:,} prompt tokens were not computed; "
+        f"requests by kind of hit: {hits}"
+    )
 
 
-def make_model(folder: Path) -> Path:
-    """The bundled model, or a random one in ``folder``."""
-    if (DEMO_MODEL / "config.json").is_file():
-        return DEMO_MODEL
-    model = folder / "random-demo"
-    print("no demo model is bundled yet: making a small random one, which knows words and no sense", file=sys.stderr)
-    maker = Path(__file__).resolve().with_name("make_demo_checkpoint.py")
-    subprocess.run([sys.executable, str(maker), str(model)], check=True)
-    return model
+def show(address: str, console: Console) -> None:
+    """Asks, checks and shows everything against a server at ``address``.
+
+    Raises:
+        DemoError: an answer is wrong, or a figure.
+    """
+    questions, info = asyncio.run(ask_all(address, console))
+    console.print()
+    console.print(cache_table(info))
+    console.print(prefix_line(info))
+    check(questions, info)
+    console.print(f"All {len(questions)} answers are right.")
+
+
+def run(server: Server, console: Console) -> int:
+    """The demo against a server that was started: 0 when it ends well and every answer was right."""
+    try:
+        show(server.address(START_SECONDS), console)
+        code = server.stop(STOP_SECONDS)
+        if code != 0:
+            raise DemoError(f"the server ended with exit code {code}")
+    except (DemoError, HkvError, TimeoutError) as error:
+        print(f"demo failed: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
 
 
 def main() -> int:
-    console = Console()
-    with tempfile.TemporaryDirectory(prefix="hkv-jax-demo-") as folder:
-        flags = ("--model", str(make_model(Path(folder))), *FLAGS)
-        with ServerProcess(flags, echo=lambda line: print(line, end="", file=sys.stderr, flush=True)) as server:
-            try:
-                info = asyncio.run(ask_all(server.address(START_SECONDS), console))
-                code = server.stop(STOP_SECONDS)
-                if code != 0:
-                    raise DemoError(f"the server ended with exit code {code}")
-                check(info)
-            except (DemoError, HkvError, TimeoutError) as error:
-                print(f"demo failed: {error}", file=sys.stderr)
-                return 1
-            except KeyboardInterrupt:
-                return 130
-    console.print()
-    console.print(cache_table(info))
-    return 0
+    """Starts the server and runs the demo against it."""
+    with ServerProcess(FLAGS, echo=lambda line: print(line, end="", file=sys.stderr, flush=True)) as server:
+        return run(server, Console())
 
 
 if __name__ == "__main__":

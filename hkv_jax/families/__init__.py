@@ -58,7 +58,7 @@ def read_model_spec(folder: Path) -> ModelSpec:
     if not folder.is_dir():
         raise ConfigError(
             f"model: {folder} is not a folder; give one that holds {CONFIG_FILE} and the weights "
-            "(tools/make_demo_checkpoint.py writes a small random one, tools/make_real_models.py real ones)"
+            "('demo' is the bundled one, tools/make_real_models.py writes others)"
         )
     config = read_json_object(folder / CONFIG_FILE)
     spec = model_spec_from_config(config, read_generation_config(folder))

@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from tools import bench_step, make_demo_checkpoint
+from hkv_jax.config import DEMO_MODEL
+from tools import bench_step
 from tools.step_bench import environments, machine
 from tools.step_bench.points import GOALS, Outcome, Point, same_tokens
 from tools.step_bench.report import CoreResults, ModelBytes, Report
@@ -48,10 +49,8 @@ class NumberedPrompts(bench_step.Prompts):
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    make_demo_checkpoint.write(folder)
-    return folder
+def model() -> Path:
+    return DEMO_MODEL
 
 
 def fake(name: str, folder: Path, **options: Any) -> PeerSpec:

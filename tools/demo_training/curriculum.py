@@ -40,7 +40,7 @@ STAGES = (
     Stage(256, batch=8, steps=500, repeat_rate=0.3, remind_rate=0.6, leave_out=0.0),
     Stage(1024, batch=3, steps=700, repeat_rate=0.3, remind_rate=0.2, leave_out=0.3),
     Stage(4096, batch=1, steps=350, repeat_rate=0.0, remind_rate=0.0, leave_out=0.1),
-    Stage(1024, batch=3, steps=100, repeat_rate=0.0, remind_rate=0.0, leave_out=0.1),
+    Stage(1024, batch=3, steps=250, repeat_rate=0.0, remind_rate=0.0, leave_out=0.1),
 )
 
 COPY_STEP = 1100
