@@ -184,7 +184,8 @@ def _layout(plan: _Plan) -> KVLayout:
     request = dataclasses.replace(
         request, max_model_len=layout.max_model_len, expected_average_seq_length=layout.expected_seq_length
     )
-    useful = most_useful_bytes(request)
+    # As much again for what finished sequences leave to later ones.
+    useful = most_useful_bytes(request) * (2 if config.enable_prefix_caching else 1)
     return layout if useful >= request.budget_bytes else plan_layout(dataclasses.replace(request, budget_bytes=useful))
 
 
