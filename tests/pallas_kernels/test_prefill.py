@@ -55,6 +55,14 @@ def test_a_window_longer_than_one_tile_of_keys() -> None:
     check_prefill_case(case)
 
 
+def test_a_tile_whose_oldest_key_only_the_last_query_no_longer_sees() -> None:
+    shape = shape_of((2, 1), (128, 128), 300)
+    case = PrefillCase(shape, ((397, 128, 0),), 128, tile=(("keys", 128), ("plain_tiles", 1)))
+    # Keys from 96 on are fetched; those from 224 to 351 are a tile, and the last query, 524, sees from 225 on.
+    assert case.plan.queries == 128
+    check_prefill_case(case)
+
+
 @pytest.mark.parametrize(
     ("heads", "dims"),
     [
