@@ -62,7 +62,7 @@ def compile_case(case: Case) -> dict[str, Any]:
 def _first_line(error: Exception) -> str:
     """What went wrong, without what it says of paths on this machine."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines or ["no message"])[0].partition(" at /")[0][:200]
+    return (lines or ["no message"])[0].partition(" at /")[0][:120]
 
 
 if __name__ == "__main__":
