@@ -13,7 +13,7 @@ from hkv_jax.sampling_params import SamplingParams
 from hkv_jax.testing.probe import Probe, ProbeOptions
 from tools.demo_training.questions import END_OF_ANSWER, Question
 
-MAX_ANSWER_TOKENS = 24
+MAX_ANSWER_TOKENS = 32
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,6 +5,7 @@ Owns: the list of damages to the engine. Must never: judge them.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -63,10 +64,12 @@ def damaged_run(folder: Path, name: str) -> PagedRun:
     """The run of one of ``cache_damages``.
 
     A wrong entry is aimed at the fact that is asked for: one question at a time. A release is early by a step of one
-    block.
+    block, in pools so small that the block has a new owner at once.
     """
-    chunk = BLOCK_SIZE if name == EARLY_RELEASE else CHUNK
-    return PagedRun(options(folder), chunk, together=name != WRONG_ENTRY, damage=cache_damages()[name])
+    if name == WRONG_ENTRY:
+        return PagedRun(options(folder), CHUNK, together=False, damage=cache_damages()[name])
+    small_steps = dataclasses.replace(options(folder), max_num_batched_tokens=BLOCK_SIZE)
+    return PagedRun(small_steps, BLOCK_SIZE, crowded=True, damage=cache_damages()[name])
 
 
 def damage_scores(folder: Path) -> dict[str, Score]:
