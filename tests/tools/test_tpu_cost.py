@@ -90,7 +90,7 @@ def test_time_is_the_larger_of_bytes_and_bundles(schedule: Schedule) -> None:
     case = Case("windowed", SHAPES["gemma-3-1b"], "v6e:2x2", 32)
     counts = Counts.of(schedule)
     hot = largest(schedule.code.loops)
-    bound_by_memory = Cost(case, schedule, Compiled(1.0, 0, 0), Work(counts, 1640e9, 1640e9 / 2, 1640e9 / 4, hot))
+    bound_by_memory = Cost(case, schedule, Compiled(1.0, 0, 0), Work(counts, 1640e9, 1640e9 / 2, 1640e9 / 4, (hot,)))
     assert bound_by_memory.seconds == pytest.approx(1.0)
     assert bound_by_memory.floor_ratio == pytest.approx(2.0)
     assert bound_by_memory.floor_ratio_with_fill == pytest.approx(2.5)

@@ -93,7 +93,7 @@ def ragged_work(case: Case, schedule: Schedule) -> Work:
     moved = programs * per_program * turns * tile_tokens * case.geometry.token_bytes
     io = 2 * case.batch * case.chunk * case.geometry.query_bytes
     fill = tile_tokens * case.geometry.token_bytes
-    return Work(counts, moved + io, floor_bytes(case), fill, tiles)
+    return Work(counts, moved + io, floor_bytes(case), fill, (tiles,))
 
 
 def paged(case: Case, struct: Callable[..., Any]) -> tuple[Callable[..., Any], tuple[Any, ...]]:
@@ -132,4 +132,4 @@ def paged_work(case: Case, schedule: Schedule) -> Work:
     moved = case.batch * turns * tile_tokens * case.geometry.token_bytes
     io = 2 * case.batch * case.geometry.query_bytes
     fill = tile_tokens * case.geometry.token_bytes / case.geometry.kv_heads
-    return Work(counts, moved + io, floor_bytes(case), fill, tiles)
+    return Work(counts, moved + io, floor_bytes(case), fill, (tiles,))

@@ -12,6 +12,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import numpy as np
+
 from tools.tpu_costs.cases import Case
 from tools.tpu_costs.chips import chip_of
 from tools.tpu_costs.schedule import UNITS, Loop, Schedule
@@ -26,7 +28,7 @@ class Work:
     """What a step does: executions of bundles (None: the kernel's structure has no model), and bytes by purpose.
 
     ``step_bytes`` are all bytes moved, ``floor_bytes`` those that no kernel can spare, ``fill_bytes`` those that must
-    arrive before anything can be computed. ``hot`` is the loop where the time goes. ``visited_ratio`` is keys visited
+    arrive before anything can be computed. ``hot`` are the loops where the time goes. ``visited_ratio`` is keys visited
     over keys needed.
     """
 
@@ -34,7 +36,7 @@ class Work:
     step_bytes: float
     floor_bytes: float
     fill_bytes: float
-    hot: Loop
+    hot: tuple[Loop, ...]
     flops: float = 0.0
     visited_ratio: float = 1.0
 
@@ -103,21 +105,30 @@ class Cost:
         return {unit: round(100 * share, 1) for unit, share in zip(UNITS, self.work.counts.utilisation(), strict=True)}
 
     @property
+    def hot_bundles(self) -> int:
+        """Bundles of the hot loops' code."""
+        return sum(loop.bundles for loop in self.work.hot)
+
+    @property
+    def _hot_counts(self) -> Counts:
+        """Executions in the hot loops, 0 elsewhere."""
+        kept = np.zeros(self.schedule.num_bundles)
+        for loop in self.work.hot:
+            kept[loop.start : loop.end] = self.work.counts.of_bundle[loop.start : loop.end]
+        return Counts(self.schedule, kept)
+
+    @property
     def hot_utilisation(self) -> dict[str, float]:
-        """Percent of the slots of each unit in the hot loop, with how often its parts run."""
-        counts, hot = self.work.counts, self.work.hot
-        only = Counts(self.schedule, counts.of_bundle.copy())
-        only.of_bundle[: hot.start] = 0
-        only.of_bundle[hot.end :] = 0
-        return {unit: round(100 * share, 1) for unit, share in zip(UNITS, only.utilisation(), strict=True)}
+        """Percent of the slots of each unit in the hot loops, with how often their parts run."""
+        shares = self._hot_counts.utilisation()
+        return {unit: round(100 * share, 1) for unit, share in zip(UNITS, shares, strict=True)}
 
     @property
     def spill_share(self) -> float:
-        """Of the hot loop's stores, the share that only moves registers away."""
-        busy = self.work.hot
-        stores = self.schedule.slots[busy.start : busy.end].sum(axis=0)
-        total = int(stores[UNITS.index("VSTORE")])
-        return float(stores[UNITS.index("VSTORE:SPILL")]) / max(1, total)
+        """Of the hot loops' stores, the share that only moves registers away."""
+        stores = (self._hot_counts.of_bundle[:, None] * self.schedule.slots).sum(axis=0)
+        total = float(stores[UNITS.index("VSTORE")])
+        return float(stores[UNITS.index("VSTORE:SPILL")]) / total if total else 0.0
 
     @property
     def binds(self) -> str:
@@ -141,7 +152,7 @@ class Cost:
             "compile_seconds": round(self.compiled.compile_seconds, 2),
             "utilisation": self.utilisation,
             "hot_loop_utilisation": self.hot_utilisation,
-            "hot_loop_bundles": self.work.hot.bundles,
+            "hot_loop_bundles": self.hot_bundles,
             "spill_share_of_stores": round(self.spill_share, 3),
             "modelled_microseconds": round(self.seconds * 1e6, 2),
             "visited_ratio": round(self.work.visited_ratio, 3),

@@ -158,7 +158,7 @@ def _decode_work(case: Case, counts: Counts, fetched: tuple[float, float], hot: 
     by_dtype = case.topology.startswith("tpu7x")
     written = (row_tile(jnp.dtype(geometry.dtype)) if by_dtype else SMALLEST_WRITE_ROWS) * new
     floor = case.batch * (seen * geometry.token_bytes + io + 2 * geometry.token_bytes)
-    return Work(counts, case.batch * (fetched[0] + io + new + written), floor, fetched[1], hot)
+    return Work(counts, case.batch * (fetched[0] + io + new + written), floor, fetched[1], (hot,))
 
 
 def _mean_blocks(case: Case) -> float:

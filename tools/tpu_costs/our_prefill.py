@@ -150,7 +150,7 @@ def prefill_work(case: Case, schedule: Schedule) -> Work:
     flops = 4.0 * geometry.q_heads * geometry.head_dim * case.chunk * (geometry.window or case.context + case.chunk / 2)
     first = units[0].blocks * case.block_size * page_token_bytes(case) / tile.head_groups
     visited = sum(sum(unit.tiles) for unit in units) * tile.keys / needed
-    return Work(counts, tokens * page_token_bytes(case) + io, floor, first, inner, flops, visited)
+    return Work(counts, tokens * page_token_bytes(case) + io, floor, first, (scored, *weighed), flops, visited)
 
 
 def _own(units: list[_Unit]) -> int:
@@ -211,4 +211,4 @@ def update_work(case: Case, schedule: Schedule) -> Work:
         if not whole[0] <= stretch[0] < whole[1]:
             counts.rarely(stretch, 0)
     moved = 2 * blocks * case.block_size * page_token_bytes(case)
-    return Work(counts, moved, 2 * tokens * case.geometry.token_bytes, 0.0, main)
+    return Work(counts, moved, 2 * tokens * case.geometry.token_bytes, 0.0, (main,))
