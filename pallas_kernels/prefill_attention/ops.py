@@ -77,7 +77,7 @@ def run(tile: PrefillTile, inputs: PrefillInputs, interpret: bool | pltpu.Interp
     outputs = by_token(inputs.outputs, tile.output_lanes, first_lane)
     tables = [] if tile.reads_own else [inputs.rows.tables]
     sinks = [] if inputs.sinks is None else [inputs.sinks.astype(jnp.float32)]
-    in_hbm = pl.BlockSpec(memory_space=pltpu.HBM)
+    anywhere = pl.BlockSpec(memory_space=pl.ANY)
     in_smem = pl.BlockSpec(memory_space=pltpu.SMEM)
     if not interpret:
         # In VMEM, where XLA may have put them, copies from them would be loops of loads and stores.
@@ -88,8 +88,8 @@ def run(tile: PrefillTile, inputs: PrefillInputs, interpret: bool | pltpu.Interp
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=4,
             grid=(1,),
-            in_specs=[*(in_hbm for _ in arrays), *(in_smem for _ in sinks), in_hbm],
-            out_specs=in_hbm,
+            in_specs=[*(anywhere for _ in arrays), *(in_smem for _ in sinks), anywhere],
+            out_specs=anywhere,
             scratch_shapes=_scratch(tile, inputs),
         ),
         out_shape=jax.ShapeDtypeStruct(outputs.shape, outputs.dtype),

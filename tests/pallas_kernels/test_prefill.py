@@ -63,6 +63,7 @@ def test_a_tile_whose_oldest_key_only_the_last_query_no_longer_sees() -> None:
     check_prefill_case(case)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("heads", "dims"),
     [
