@@ -14,8 +14,8 @@ from tests.pallas_kernels.prefill_cases import PrefillCase, check_prefill_case
 
 BLOCK = 16
 
-# The interpreter of older releases hands an aliased output back uninitialised where the kernel did not write it; XLA, and
-# with it a TPU, keeps it. Decode and the writes are tested on all releases.
+# The interpreter of older releases hands an aliased output back uninitialised where the kernel did not write it; XLA,
+# and with it a TPU, keeps it. Decode and the writes are tested on all releases.
 pytestmark = pytest.mark.skipif(
     jax.__version_info__ < (0, 8), reason="the TPU interpreter of jax 0.7 does not keep aliased outputs"
 )
