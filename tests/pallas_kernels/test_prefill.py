@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 import pytest
 
@@ -13,12 +12,6 @@ from pallas_kernels.prefill_attention.tile import choose_tile
 from tests.pallas_kernels.prefill_cases import PrefillCase, check_prefill_case
 
 BLOCK = 16
-
-# The interpreter of older releases hands an aliased output back uninitialised where the kernel did not write it; XLA,
-# and with it a TPU, keeps it. Decode and the writes are tested on all releases.
-pytestmark = pytest.mark.skipif(
-    jax.__version_info__ < (0, 8), reason="the TPU interpreter of jax 0.7 does not keep aliased outputs"
-)
 
 
 def shape_of(
