@@ -13,13 +13,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from hkv_jax import LLM, SamplingParams
-from tools.demo_training import dense_answers, model
+from tools.demo_training import evaluation, model
+from tools.demo_training.evaluation import Foresee
 from tools.demo_training.question_set import recall_questions
 from tools.demo_training.questions import END_OF_ANSWER, Question
 from tools.throwaway_env import reference_python, run_in
 
-NEW_TOKENS = 20
+NEW_TOKENS = 32
+DENSE_LENGTH = 4352
+"""One length for all, so that the dense forward pass is compiled once: room for the longest prompt and its answer."""
 LENGTHS = (512, 1024, 4096)
 REFERENCE = Path(__file__).resolve().parents[1] / "real_reference.py"
 
@@ -57,9 +62,10 @@ def compare(folder: Path, venv: Path | None) -> Outcome:
     prompts = [question.prompt for question in questions]
     reference = _transformers(folder, prompts, venv)
     shape, parameters = model.load(folder)
-    dense = [dense_answers.greedy(shape, parameters, [prompt], NEW_TOKENS)[0] for prompt in prompts]
-    paged = _paged(folder, prompts)
     theirs = [_to_end(result["tokens"]) for result in reference["results"]]
+    foreseen = evaluation.foresee(shape, parameters)
+    dense = [_is_greedy(foreseen, prompt, answer) for prompt, answer in zip(prompts, theirs, strict=True)]
+    paged = _paged(folder, prompts)
     margins = [
         margin
         for result, answer in zip(reference["results"], theirs, strict=True)
@@ -67,7 +73,7 @@ def compare(folder: Path, venv: Path | None) -> Outcome:
     ]
     return Outcome(
         num_questions=len(questions),
-        same=sum(a == b == c for a, b, c in zip(theirs, dense, paged, strict=True)),
+        same=sum(a == b and c for a, b, c in zip(theirs, paged, dense, strict=True)),
         right=_num_right(theirs, questions),
         smallest_margin=min(margins),
         versions=reference["versions"],
@@ -89,6 +95,14 @@ def _paged(folder: Path, prompts: Sequence[list[int]]) -> list[list[int]]:
     with LLM(folder, dtype="float32", max_model_len=longest, max_num_seqs=4, max_num_batched_tokens=256) as llm:
         outputs = llm.generate(list(prompts), params)
     return [_to_end(list(output.outputs[0].token_ids)) for output in outputs]
+
+
+def _is_greedy(foreseen: Foresee, prompt: list[int], answer: list[int]) -> bool:
+    """Whether the dense model draws just this answer: each of its tokens is the likeliest after those before it."""
+    tokens = np.zeros(DENSE_LENGTH, np.int32)
+    end = len(prompt) + len(answer)
+    tokens[:end] = prompt + answer
+    return bool(foreseen(tokens)[len(prompt) : end].all())
 
 
 def _to_end(tokens: list[int]) -> list[int]:

@@ -73,7 +73,7 @@ def write_damage(options: argparse.Namespace) -> bool:
     dense: dict[str, Scores] = {}
     for name, damaged in dense_damage.damaged_shapes(shape).items():
         foreseen = evaluation.foresee(damaged, parameters)
-        dense[name] = evaluation.score(foreseen, max(1, options.documents // 4), fact_counts=(40,))
+        dense[name] = evaluation.score(foreseen, options.documents // 4, fact_counts=(40,))
     paged = paged_scores.damage_scores(options.model)
     rows = []
     for name in dict.fromkeys((*dense, *paged)):
