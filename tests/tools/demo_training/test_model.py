@@ -124,6 +124,6 @@ def test_a_run_of_other_settings_is_refused(tmp_path: Path) -> None:
 
 def test_training_lowers_the_loss(tmp_path: Path) -> None:
     state = loop.train(tmp_path, TINY, 0, lambda _: None, (Stage(64, 4, 60, 0.5, 0.2, 0.0),))
-    assert state.curve[-1]["loss"] < 0.7 * state.curve[0]["loss"]
+    assert state.curve[-1]["loss"] < 0.5 * np.log(TINY.vocab_size)  # half of what guessing costs
     record = json.loads((tmp_path / "record.json").read_text())
     assert record["step"] == 60
