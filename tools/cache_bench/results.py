@@ -8,6 +8,7 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import json
+import multiprocessing
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -58,7 +59,9 @@ class Results:
         """
         missing = [run for run in dict.fromkeys(runs) if run not in self._known]
         began = time.monotonic()
-        with concurrent.futures.ProcessPoolExecutor(max_workers=self._jobs) as workers:
+        # A fork would copy the locks of whatever threads the caller runs.
+        context = multiprocessing.get_context("spawn")
+        with concurrent.futures.ProcessPoolExecutor(max_workers=self._jobs, mp_context=context) as workers:
             futures = {workers.submit(self._measure, run): run for run in missing}
             for number, future in enumerate(concurrent.futures.as_completed(futures), 1):
                 run = futures[future]
