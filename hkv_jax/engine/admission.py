@@ -139,8 +139,8 @@ class Admission:
             # They need every position's output, not just its K/V.
             use = PrefixUse(0, use.matched, PrefixHit.MISS, 0)
         nodes = path.nodes[-1:]
-        if use.start and not use.context_start and use.start < use.matched:
-            nodes.append(next(node for node in reversed(path.nodes) if node.end == use.start))
+        if use.loads_tail and use.start < use.matched:
+            nodes.append(path.node_at(use.start))
         watch = _Watch(use, path.next_digest, tuple(nodes), self._prefixes.join_of(path, use))
         if watch.digest is not None:
             self._awaited.setdefault(watch.digest, {})[sequence] = None

@@ -164,7 +164,7 @@ class CacheManager:
         kept = [group.release_window(lane, start) for group in self._groups]
         if any(kept) and self.policy.enabled:
             self.prefixes.note_released(lane, start)
-        for keep in (end,) if keep_from is None else (min(keep_from, end), end):
+        for keep in dict.fromkeys((end if keep_from is None else min(keep_from, end), end)):
             missing = [group.num_missing(lane, end, keep) for group in self._groups]
             if self._boundary.make_room(missing):
                 for group in self._groups:
@@ -189,7 +189,6 @@ class CacheManager:
             self.prefixes.record(lane, chain, num_tokens)
             for position, kind in joins.items():
                 self.prefixes.join(lane, position, kind)
-            self._refresh(lane)
 
     def reset(self) -> None:
         """Every lane is closed, and what the device held is lost: nothing can be found any more."""

@@ -63,13 +63,13 @@ class PrefixCache:
 
     def rests_on_joins(self, path: PrefixPath, use: PrefixUse) -> bool:
         """Whether ``use`` stays possible until ``tree.on_change`` says otherwise: no block of it is loose by itself."""
-        return not use.start or bool(use.context_start) or self.join_of(path, use) is not None
+        return not use.loads_tail or self.join_of(path, use) is not None
 
     def join_of(self, path: PrefixPath, use: PrefixUse) -> JoinPoint | None:
         """The join point that a sequence with this ``use`` starts from."""
-        if not use.start or use.context_start:
+        if not use.loads_tail:
             return None
-        join = self._node_at(path, use.start).join
+        join = path.node_at(use.start).join
         return None if join is None or join.kind is JoinKind.REST else join
 
     def is_running(self, path: PrefixPath) -> bool:
@@ -89,7 +89,7 @@ class PrefixCache:
         if not path.nodes:
             return [[] for _ in self._groups]
         taken: list[list[int]] = []
-        tails = iter(self._tail_at(path, use.start) if use.start and not use.context_start else ())
+        tails = iter(self._tail_at(path, use.start) if use.loads_tail else ())
         for group, cache in enumerate(self._groups):
             if cache.window is None:
                 taken.append([block for node in path.nodes for block in node.blocks[group]])
@@ -111,8 +111,8 @@ class PrefixCache:
             digests = path.chain.digests
             past = range(path.limit - 1, use.start // self.block_size - 1, -1)
             self.joins.look_for_ghosts(digests[i] for i in past)
-        if path is not None and use.start and not use.context_start and self.policy.checkpoints:
-            state.joins.append(self.joins.use(self._node_at(path, use.start), self.now))
+            if use.loads_tail and self.policy.checkpoints:
+                state.joins.append(self.joins.use(path.node_at(use.start), self.now))
 
     def record(self, lane: int, chain: TokenChain, num_tokens: int) -> None:
         """Puts the full blocks of the lane's first ``num_tokens`` tokens into the tree; their step is dispatched.
@@ -145,6 +145,9 @@ class PrefixCache:
         if kind is JoinKind.RUNNING and state.running is not None and state.running is not join:
             if state.running.kind is JoinKind.RUNNING:
                 self.joins.remove(state.running)
+            if not state.running.alive:
+                # A long sequence leaves one at each of its blocks, and all of them are looked at as windows move.
+                state.joins.remove(state.running)
             state.running = None
         if join is None:
             return
@@ -223,11 +226,8 @@ class PrefixCache:
                 elif cache.window is None:
                     cache.replace(lane, number, known)
 
-    def _node_at(self, path: PrefixPath, position: int) -> Node:
-        return next(node for node in reversed(path.nodes) if node.end == position)
-
     def _tail_at(self, path: PrefixPath, position: int) -> list[list[int]]:
-        tail = self.tree.tail(self._node_at(path, position))
+        tail = self.tree.tail(path.node_at(position))
         assert tail is not None, "a tail was lost between match and admission"
         return tail
 

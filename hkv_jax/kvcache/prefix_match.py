@@ -33,6 +33,11 @@ class PrefixUse:
     context_start: int
 
     @property
+    def loads_tail(self) -> bool:
+        """Whether the sliding groups begin with the cached tail before ``start``."""
+        return bool(self.start) and not self.context_start
+
+    @property
     def rebuilt_tokens(self) -> int:
         """Computed tokens whose K/V the global groups held already."""
         return max(0, self.matched - self.start)
@@ -82,6 +87,10 @@ class PrefixPath:
         """Of the first block that is not cached; ``None`` where all that may be matched are."""
         place = self.matched // self.chain.block_size
         return self.chain.digests[place] if place < self.limit else None
+
+    def node_at(self, position: int) -> Node:
+        """The matched node that ends at ``position``; there must be one."""
+        return next(node for node in reversed(self.nodes) if node.end == position)
 
     def choose(self, tree: PrefixTree, rebuild_tokens: int | None) -> PrefixUse:
         """Where to begin: after the longest prefix with a tail, or R tokens before the end of the cached one."""
