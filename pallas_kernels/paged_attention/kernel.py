@@ -23,8 +23,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import softmax
-from pallas_kernels.heads import HeadLayout
-from pallas_kernels.pages import LANES, NO_SLOT, AttentionShape
+from pallas_kernels.decode_tile import DecodeTile
+from pallas_kernels.pages import LANES, NO_SLOT
 
 TABLES_HELD = 3
 """Rows whose table is in scalar memory: the one that is fetched and the next."""
@@ -33,34 +33,16 @@ WRITES_HELD = 2
 
 
 @dataclasses.dataclass(frozen=True)
-class PagedTile:
+class PagedTile(DecodeTile):
     """The static plan of a paged decode.
 
     Attributes:
-        heads: the attention and its order of heads.
         blocks: of one tile; a power of two up to 128.
         buffers: tiles held at once, at least 2.
-        kv_dtype: of the pool.
-        compute_dtype: of both operands of the products.
-        write_rows: rows of a plane that are written back for one new token.
     """
 
-    heads: HeadLayout
     blocks: int
     buffers: int
-    kv_dtype: jnp.dtype
-    compute_dtype: jnp.dtype
-    write_rows: int
-
-    @property
-    def shape(self) -> AttentionShape:
-        """The attention."""
-        return self.heads.shape
-
-    @property
-    def block(self) -> int:
-        """P."""
-        return self.shape.pages.block_size
 
     @property
     def tokens(self) -> int:

@@ -102,7 +102,5 @@ def decode(
 
 def _tile(shape: AttentionShape, dtype: jnp.dtype, query_dtype: jnp.dtype) -> PagedTile:
     tiles = paged_tiles(shape, dtype)
-    compute = jnp.dtype(jnp.promote_types(query_dtype, dtype))
-    return PagedTile(
-        HeadLayout(shape, tiles.heads_per_product), tiles.blocks, tiles.buffers, dtype, compute, write_rows(dtype)
-    )
+    heads = HeadLayout(shape, tiles.heads_per_product)
+    return PagedTile(heads, dtype, query_dtype, write_rows(dtype), blocks=tiles.blocks, buffers=tiles.buffers)

@@ -24,44 +24,26 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import softmax
-from pallas_kernels.heads import HeadLayout
-from pallas_kernels.pages import LANES, NO_SLOT, AttentionShape
+from pallas_kernels.decode_tile import DecodeTile
+from pallas_kernels.pages import LANES, NO_SLOT
 
 
 @dataclasses.dataclass(frozen=True)
-class WindowTile:
+class WindowTile(DecodeTile):
     """The static plan of a windowed decode.
 
     Attributes:
-        heads: the attention and its order of heads.
         sequences: of one program; a multiple of ``together``.
         together: sequences that are computed in one basic block.
-        kv_dtype: of the pool.
-        compute_dtype: of both operands of the products.
-        write_rows: rows of a plane that are written back for one new token.
     """
 
-    heads: HeadLayout
     sequences: int
     together: int
-    kv_dtype: jnp.dtype
-    compute_dtype: jnp.dtype
-    write_rows: int
 
     @property
     def ahead(self) -> int:
         """How many rows ahead of the one that is computed blocks are fetched."""
         return self.sequences - self.together
-
-    @property
-    def shape(self) -> AttentionShape:
-        """The attention."""
-        return self.heads.shape
-
-    @property
-    def block(self) -> int:
-        """P."""
-        return self.shape.pages.block_size
 
     @property
     def merged(self) -> bool:

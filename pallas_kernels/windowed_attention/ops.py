@@ -123,6 +123,6 @@ def _tile(shape: AttentionShape, inputs: DecodeInputs) -> WindowTile | None:
     num_rows = inputs.queries.shape[0]
     together = min(tiles.together, num_rows)
     sequences = max(2 * together, min(tiles.sequences, -(-num_rows // together) * together))
-    compute = jnp.dtype(jnp.promote_types(inputs.queries.dtype, dtype))
     heads = HeadLayout(shape, tiles.heads_per_product)
-    return WindowTile(heads, sequences, together, dtype, compute, write_rows(dtype))
+    query_dtype = jnp.dtype(inputs.queries.dtype)
+    return WindowTile(heads, dtype, query_dtype, write_rows(dtype), sequences=sequences, together=together)

@@ -9,8 +9,8 @@ from pallas_kernels import tiles
 from pallas_kernels.paged_attention.ops import decode
 from pallas_kernels.pages import AttentionShape, PageGeometry
 from tests.pallas_kernels.decode_cases import DecodeCase, check_decode_case
+from tests.pallas_kernels.shapes import BLOCK, shape_of
 
-BLOCK = 16
 RAGGED = (0, -1, 1, 15, 16, 63, 64, 65, 200, -1, 131)
 """Positions about the edges of blocks and tiles."""
 
@@ -19,11 +19,6 @@ RAGGED = (0, -1, 1, 15, 16, 63, 64, 65, 200, -1, 131)
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles of four blocks, or of fewer where pages are large."""
     monkeypatch.setattr(tiles, "TILE_BYTES", 4 * BLOCK * 4 * 128 * 4)
-
-
-def shape_of(heads: tuple[int, int], dims: tuple[int, int], soft_cap: float | None = None) -> AttentionShape:
-    """Heads (query, kv) and dims (key, value)."""
-    return AttentionShape(PageGeometry(BLOCK, heads[1], *dims), heads[0], None, dims[0] ** -0.5, soft_cap)
 
 
 def test_ragged_rows() -> None:

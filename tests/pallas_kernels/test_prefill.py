@@ -10,16 +10,7 @@ from pallas_kernels.pages import AttentionShape, PageGeometry
 from pallas_kernels.prefill_attention.ops import prefill
 from pallas_kernels.prefill_attention.tile import choose_tile
 from tests.pallas_kernels.prefill_cases import PrefillCase, check_prefill_case
-
-BLOCK = 16
-
-
-def shape_of(
-    heads: tuple[int, int], dims: tuple[int, int], window: int | None, soft_cap: float | None = None
-) -> AttentionShape:
-    """Heads (query, kv) and dims (key, value)."""
-    return AttentionShape(PageGeometry(BLOCK, heads[1], *dims), heads[0], window, dims[0] ** -0.5, soft_cap)
-
+from tests.pallas_kernels.shapes import BLOCK, shape_of
 
 SMALL = shape_of((4, 2), (128, 128), 40)
 

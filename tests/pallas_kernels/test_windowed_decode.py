@@ -9,15 +9,7 @@ from pallas_kernels import tiles
 from pallas_kernels.pages import AttentionShape, PageGeometry
 from pallas_kernels.windowed_attention.ops import decode
 from tests.pallas_kernels.decode_cases import DecodeCase, check_decode_case
-
-BLOCK = 16
-
-
-def shape_of(
-    heads: tuple[int, int], dims: tuple[int, int], window: int, soft_cap: float | None = None
-) -> AttentionShape:
-    """Heads (query, kv) and dims (key, value)."""
-    return AttentionShape(PageGeometry(BLOCK, heads[1], *dims), heads[0], window, dims[0] ** -0.5, soft_cap)
+from tests.pallas_kernels.shapes import BLOCK, shape_of
 
 
 def ragged(window: int) -> tuple[int, ...]:

@@ -6,24 +6,18 @@ says that its tables fit scalar memory and its tiles vector memory: the compiler
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any
 
 import pytest
 
+from tests.tpu_compile.needs_libtpu import NEEDS_LIBTPU
 from tools.tpu_costs.cases import Case
 from tools.tpu_costs.chips import CHIPS
 from tools.tpu_costs.suite import cases, compile_all, few_cases, pool_bytes
 
 MIB = 1 << 20
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        importlib.util.find_spec("libtpu") is None,
-        reason="NOT CHECKED FOR TPU: libtpu, which compiles for an absent TPU, is not installed (extra `dev`)",
-    ),
-]
+pytestmark = NEEDS_LIBTPU
 
 V6E = cases(CHIPS["v6e"].topology)
 OTHERS = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -12,15 +11,11 @@ from typing import Any
 
 import pytest
 
+from tests.tpu_compile.needs_libtpu import NEEDS_LIBTPU
+
 MIB = 1 << 20
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        importlib.util.find_spec("libtpu") is None,
-        reason="NOT CHECKED FOR TPU: libtpu, which compiles for an absent TPU, is not installed (extra `dev`)",
-    ),
-]
+pytestmark = NEEDS_LIBTPU
 
 
 @pytest.fixture(scope="module")

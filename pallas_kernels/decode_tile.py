@@ -1,0 +1,48 @@
+"""What the static plans of the decode kernels have in common.
+
+Owns: ``DecodeTile``. Must never: choose sizes (``tiles`` does), or know how a kernel loops.
+
+Axis letters: P token slots of a block.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax.numpy as jnp
+
+from pallas_kernels.heads import HeadLayout
+from pallas_kernels.pages import AttentionShape
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeTile:
+    """The static plan of a decode.
+
+    Attributes:
+        heads: the attention and its order of heads.
+        kv_dtype: of the pool.
+        query_dtype: of the queries.
+        write_rows: rows of a plane that are written back for one new token. Kept here, because it depends on the mesh
+            of the trace, and the body of a kernel is traced under another.
+    """
+
+    heads: HeadLayout
+    kv_dtype: jnp.dtype
+    query_dtype: jnp.dtype
+    write_rows: int
+
+    @property
+    def compute_dtype(self) -> jnp.dtype:
+        """Of both operands of the products."""
+        return jnp.dtype(jnp.promote_types(self.query_dtype, self.kv_dtype))
+
+    @property
+    def shape(self) -> AttentionShape:
+        """The attention."""
+        return self.heads.shape
+
+    @property
+    def block(self) -> int:
+        """P."""
+        return self.shape.pages.block_size
