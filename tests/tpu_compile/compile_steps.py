@@ -1,4 +1,4 @@
-"""Compiles steps of a hybrid model, on the Pallas kernels, for a TPU v6e that need not be there; prints JSON.
+"""Compiles steps of a hybrid model, on each attention backend, for a TPU v6e that need not be there; prints JSON.
 
 Run by ``test_step_v6e.py`` in a process of its own: libtpu is loaded once a process and keeps state.
 """
@@ -27,7 +27,7 @@ from hkv_jax.testing.unbuilt_engine import UnbuiltEngine, hybrid_spec
 GIB = 1 << 30
 
 
-def engine(mesh: Mesh, num_layers: int, budget_bytes: int) -> UnbuiltEngine:
+def engine(mesh: Mesh, num_layers: int, budget_bytes: int, backend: AttentionBackend) -> UnbuiltEngine:
     """Layers of the shapes of Gemma 3 270M, two sliding ones before each global one; a small vocabulary."""
     spec = hybrid_spec(
         num_layers,
@@ -55,7 +55,7 @@ def engine(mesh: Mesh, num_layers: int, budget_bytes: int) -> UnbuiltEngine:
         max_num_seqs=16,
         max_chunk=256,
         max_model_len=8192,
-        backend=AttentionBackend.PALLAS,
+        backend=backend,
     )
 
 
@@ -83,16 +83,18 @@ def main() -> None:
     topology = topologies.get_topology_desc("v6e:2x2", platform="tpu")
     one, two = (Mesh(np.array(topology.devices[:chips]), (MODEL_AXIS,)) for chips in (1, 2))
     decode, prefill = Bucket(16, 16, False), Bucket(256, 16, True)
-    base = engine(one, 12, GIB)
-    larger = dataclasses.replace(base, budget_bytes=4 * GIB)
-    jobs = {
-        "decode": (base, decode),
-        "decode, 4 GiB": (larger, decode),
-        "decode, 48 layers": (engine(one, 48, GIB), decode),
-        "decode, 2 chips": (engine(two, 12, GIB), decode),
-        "prefill": (base, prefill),
-        "prefill, 4 GiB": (larger, prefill),
-    }
+    jobs: dict[str, tuple[UnbuiltEngine, Bucket]] = {}
+    for backend, prefix in ((AttentionBackend.XLA, ""), (AttentionBackend.PALLAS, "kernels, ")):
+        base = engine(one, 12, GIB, backend)
+        larger = dataclasses.replace(base, budget_bytes=4 * GIB)
+        jobs |= {
+            f"{prefix}decode": (base, decode),
+            f"{prefix}decode, 4 GiB": (larger, decode),
+            f"{prefix}decode, 48 layers": (engine(one, 48, GIB, backend), decode),
+            f"{prefix}decode, 2 chips": (engine(two, 12, GIB, backend), decode),
+            f"{prefix}prefill": (base, prefill),
+            f"{prefix}prefill, 4 GiB": (larger, prefill),
+        }
     measured = {}
     for name, job in jobs.items():
         measured[name] = measure(*job)

@@ -17,6 +17,9 @@ MIB = 1 << 20
 
 pytestmark = NEEDS_LIBTPU
 
+BACKENDS = ["", "kernels, "]
+"""How the names of a backend's steps begin: XLA's, those of the Pallas kernels."""
+
 
 @pytest.fixture(scope="module")
 def steps() -> dict[str, dict[str, Any]]:
@@ -36,14 +39,15 @@ def steps() -> dict[str, dict[str, Any]]:
     return measured
 
 
+@pytest.mark.parametrize("prefix", BACKENDS)
 @pytest.mark.parametrize("name", ["decode", "decode, 48 layers", "decode, 2 chips", "prefill", "prefill, 4 GiB"])
-def test_the_whole_state_is_updated_in_place(steps: dict[str, dict[str, Any]], name: str) -> None:
-    step = steps[name]
+def test_the_whole_state_is_updated_in_place(steps: dict[str, dict[str, Any]], name: str, prefix: str) -> None:
+    step = steps[prefix + name]
     # Small arrays are padded to tiles.
     assert step["state_bytes"] <= step["alias_bytes"] <= step["state_bytes"] + MIB
 
 
-@pytest.mark.parametrize("name", ["decode", "prefill"])
+@pytest.mark.parametrize("name", ["decode", "prefill", "kernels, decode"])
 def test_temporary_memory_is_bounded_and_does_not_grow_with_the_arena(
     steps: dict[str, dict[str, Any]], name: str
 ) -> None:
@@ -52,12 +56,20 @@ def test_temporary_memory_is_bounded_and_does_not_grow_with_the_arena(
     assert large["temp_bytes"] == small["temp_bytes"] < 32 * MIB
 
 
-def test_heads_that_are_replicated_cost_no_copy_either(steps: dict[str, dict[str, Any]]) -> None:
-    assert steps["decode, 2 chips"]["temp_bytes"] < 32 * MIB
+def test_the_kernels_prefill_takes_no_more_of_a_larger_arena(steps: dict[str, dict[str, Any]]) -> None:
+    # Equal it is not: the compiler keeps a few more small arrays in vector memory where the arena is small (98 kB).
+    small, large = steps["kernels, prefill"], steps["kernels, prefill, 4 GiB"]
+    assert large["temp_bytes"] <= small["temp_bytes"] < 32 * MIB
 
 
-def test_four_times_the_layers_are_the_same_program(steps: dict[str, dict[str, Any]]) -> None:
-    shallow, deep = steps["decode"], steps["decode, 48 layers"]
+@pytest.mark.parametrize("prefix", BACKENDS)
+def test_heads_that_are_replicated_cost_no_copy_either(steps: dict[str, dict[str, Any]], prefix: str) -> None:
+    assert steps[f"{prefix}decode, 2 chips"]["temp_bytes"] < 32 * MIB
+
+
+@pytest.mark.parametrize("prefix", BACKENDS)
+def test_four_times_the_layers_are_the_same_program(steps: dict[str, dict[str, Any]], prefix: str) -> None:
+    shallow, deep = steps[f"{prefix}decode"], steps[f"{prefix}decode, 48 layers"]
     for size in ("instructions", "code_bytes"):
         assert abs(deep[size] / shallow[size] - 1) < 0.1
     assert deep["temp_bytes"] < shallow["temp_bytes"] + MIB
