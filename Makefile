@@ -13,6 +13,8 @@ VENV    := .venv
 PY      := $(VENV)/bin/python
 OLDEST  := .venv-oldest
 ARGS    ?=
+# Two tests at a time; those of a file follow each other in one process, since they share compiled programs.
+SIDE_BY_SIDE := --numprocesses 2 --dist loadfile
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # What these environments install runs on the CPU; libtpu, which dev brings for compiling, would look for chips and complain.
@@ -29,10 +31,10 @@ demo: $(VENV)/.installed-run ## start the server on the bundled model, ask it fr
 	@$(PY) tools/demo.py
 
 test: $(VENV)/.installed-dev ## the whole test suite (ARGS="tests/kvcache -k name" for a part)
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest $(SIDE_BY_SIDE) $(ARGS)
 
 test-oldest: $(OLDEST)/.installed ## the fast tests on the oldest supported versions (needs Python 3.11)
-	$(OLDEST)/bin/python -m pytest -m "not slow" $(ARGS)
+	$(OLDEST)/bin/python -m pytest -m "not slow" $(SIDE_BY_SIDE) $(ARGS)
 
 lint: $(VENV)/.installed-dev ## ruff
 	$(PY) -m ruff check .

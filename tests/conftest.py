@@ -18,15 +18,17 @@ def _prepare_jax() -> None:
     """Point jax at virtual CPU devices; child processes inherit it.
 
     The compilation cache lets tests (and servers that tests start) share equal programs, within a run and across runs.
+    Workers that run tests side by side have one each: jax does not write an entry at one stroke.
     """
     os.environ["JAX_PLATFORMS"] = "cpu"
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "")
     flags = os.environ.get("XLA_FLAGS", "")
     # Tests compile far more than they run: LLVM's optimisations would cost a third of the suite and buy nothing.
     for flag, value in (("xla_force_host_platform_device_count", 4), ("xla_backend_optimization_level", 0)):
         if flag not in flags:
             flags += f" --{flag}={value}"
     os.environ["XLA_FLAGS"] = flags.strip()
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax-tests"))
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax-tests" / worker))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 
