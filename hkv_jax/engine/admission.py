@@ -33,7 +33,7 @@ REVISIONS_A_STEP = 8
 """Matches brought up to date each time the next sequence is asked for, beside those of the sequences looked at."""
 
 SEQUENCES_LOOKED_AT = 16
-"""Resident sequences looked through for one that fits beside the first."""
+"""Sequences looked through for one that fits beside the first, and those a step may find to wait for a prefix."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -107,12 +107,15 @@ class Admission:
             if sequence in self._dirty:
                 self._leave(sequence)
                 self._place(sequence)
-        while (first := self._first(now)) is not None:
+        num_parked = 0
+        # Who is parked waits for somebody who runs: a step that ends the search here is not an empty one.
+        while num_parked < SEQUENCES_LOOKED_AT and (first := self._first(now)) is not None:
             use = self._current(first)
             leader = self._leader_of(first)
             if leader is not None:
                 self._leave(first)
                 self._park(first, *leader)
+                num_parked += 1
                 continue
             queue = self._queue_for(first, use)
             if first in queue:
@@ -261,4 +264,6 @@ class Admission:
         del self._parked[sequence]
         if sequence.prefill.queued_at + self._max_prefix_wait_seconds <= self._prefixes.now:
             sequence.prefill.waited_for_prefix = True
-        self._place(sequence)
+        # Whose leader got on has most of its prompt cached. Hundreds may follow one: they are matched as they come up.
+        self._resident.insert(sequence)
+        self._dirty[sequence] = None
