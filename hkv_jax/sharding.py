@@ -18,6 +18,7 @@ MODEL_AXIS = "model"
 REPLICATED = PartitionSpec()
 OVER_CHIPS = PartitionSpec(MODEL_AXIS)
 OVER_HEADS = PartitionSpec(None, MODEL_AXIS, None)
+OVER_VOCABULARY = PartitionSpec(None, MODEL_AXIS)
 
 # Weights keep the checkpoint's [out, in] layout. Heads, MLP width and vocabulary are split; what is summed over a split
 # axis (o, down) is split on its input.
@@ -69,6 +70,11 @@ def parameter_partition(name: str, shape: tuple[int, ...], mesh: Mesh) -> Partit
     if name in _SPLIT_BIAS and shape[0] % size == 0:
         return PartitionSpec(MODEL_AXIS)
     return REPLICATED
+
+
+def vocabulary_partition(vocab_size: int, mesh: Mesh) -> PartitionSpec:
+    """The partition of arrays [rows, V] that go with the product with the vocabulary: as that is split."""
+    return OVER_VOCABULARY if vocab_size % mesh.shape[MODEL_AXIS] == 0 else REPLICATED
 
 
 def named(mesh: Mesh, partition: PartitionSpec) -> NamedSharding:

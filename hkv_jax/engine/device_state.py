@@ -19,7 +19,7 @@ from hkv_jax.kvcache.format import NO_SLOT
 from hkv_jax.kvcache.layout import KVLayout
 from hkv_jax.model.kv_arena import arena_shapes, copy_blocks
 from hkv_jax.sampling_params import MAX_LOGIT_BIASES, MAX_STOP_TOKEN_IDS
-from hkv_jax.sharding import OVER_CHIPS, REPLICATED, named
+from hkv_jax.sharding import OVER_CHIPS, REPLICATED, named, vocabulary_partition
 
 MAX_MASKED_STOPS = MAX_STOP_TOKEN_IDS + 32
 """Stop ids min_tokens can mask: the request's own and the model's."""
@@ -108,12 +108,16 @@ def state_shapes(layout: KVLayout, mesh: Mesh, num_lanes: int, vocab_size: int, 
     def replicated(shape: tuple[int, ...], dtype: type) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=named(mesh, REPLICATED))
 
+    def of_vocabulary(dtype: type) -> jax.ShapeDtypeStruct:
+        sharding = named(mesh, vocabulary_partition(vocab_size, mesh))
+        return jax.ShapeDtypeStruct((num_lanes, vocab_size), dtype, sharding=sharding)
+
     return DeviceState(
         arenas=arena_shapes(layout, mesh, arena_dtype),
         tables=tuple(replicated((num_lanes, group.table_width), jnp.int32) for group in layout.groups),
         last_tokens=replicated((num_lanes,), jnp.int32),
-        counts=replicated((num_lanes, vocab_size), jnp.int32),
-        in_prompt=replicated((num_lanes, vocab_size), jnp.bool_),
+        counts=of_vocabulary(jnp.int32),
+        in_prompt=of_vocabulary(jnp.bool_),
         bias_ids=replicated((num_lanes, MAX_LOGIT_BIASES), jnp.int32),
         bias_values=replicated((num_lanes, MAX_LOGIT_BIASES), jnp.float32),
         stop_ids=replicated((num_lanes, MAX_MASKED_STOPS), jnp.int32),

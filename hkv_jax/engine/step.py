@@ -6,6 +6,7 @@ Owns: the order of what happens in a step. Must never: decide anything the host 
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -16,10 +17,13 @@ from hkv_jax.engine.batch_format import NO_TOKEN, BatchFormat, StepFields
 from hkv_jax.engine.device_state import DeviceState
 from hkv_jax.model.attention import GroupStep
 from hkv_jax.model.logprobs import TopLogprobs, none_of, prompt_logprobs, top_logprobs
+from hkv_jax.model.rows_over_chips import by_rows, over_vocabulary
 from hkv_jax.model.sampling import LaneSampling, SamplingRows, sample, shape_logits
 from hkv_jax.model.transformer import Decoder, ModelParameters, ModelStep, run_layers
 from hkv_jax.model.xla_attention import AttentionSpec, StepRows
-from hkv_jax.sharding import REPLICATED, named
+
+_Counted = tuple[jax.Array, jax.Array]
+"""Of each lane, output tokens i32[Z, V] and whether the prompt has them bool[Z, V]."""
 
 
 class StepOutputs(NamedTuple):
@@ -87,17 +91,27 @@ class StepProgram:
     def _draw(
         self, parameters: ModelParameters, state: DeviceState, fields: StepFields, hidden: jax.Array
     ) -> tuple[DeviceState, StepOutputs]:
-        embedder = self.decoder.embedder(parameters)
+        embedder, mesh = self.decoder.embedder(parameters), self.decoder.mesh
         num_rows = self.format.bucket.num_rows
+
+        def to_logits(hidden: jax.Array) -> jax.Array:
+            return over_vocabulary(embedder.logits(hidden), mesh)
 
         def draw(hidden: jax.Array) -> tuple[jax.Array, TopLogprobs]:
             taken = hidden.at[jnp.maximum(fields.sample_tokens, 0)].get(mode="clip")
-            logits = _replicated(embedder.logits(taken), self.decoder)
-            tokens = sample(_shaped(logits, state, fields), _sampling_rows(fields))
+            logits = to_logits(taken)
+            tokens = by_rows(mesh, sample, _shaped(logits, state, fields), _sampling_rows(fields))
             logprobs = lax.cond(
-                jnp.any(fields.num_logprobs > 0), top_logprobs, lambda *_: none_of(num_rows), logits, tokens
+                jnp.any(fields.num_logprobs > 0),
+                partial(by_rows, mesh, top_logprobs),
+                lambda *_: none_of(num_rows),
+                logits,
+                tokens,
             )
             return tokens, logprobs
+
+        def likely_tokens(hidden: jax.Array, targets: jax.Array) -> TopLogprobs:
+            return by_rows(mesh, top_logprobs, to_logits(hidden), targets)
 
         # Chunks inside a prompt draw nothing: their step is spared the product with the whole vocabulary.
         nothing = (jnp.zeros(num_rows, jnp.int32), none_of(num_rows))
@@ -107,17 +121,13 @@ class StepProgram:
         if self.format.bucket.prefill:
             of_prompt = lax.cond(
                 jnp.any(fields.num_prompt_logprobs > 0),
-                lambda h: prompt_logprobs(h, fields.targets, fields.query_starts[-1], embedder.logits),
+                lambda h: prompt_logprobs(h, fields.targets, fields.query_starts[-1], likely_tokens),
                 lambda h: none_of(h.shape[0]),
                 hidden,
             )
         lanes = jnp.where(wanted, fields.lanes, state.last_tokens.shape[0])
         last_tokens = state.last_tokens.at[lanes].set(tokens, mode="drop")
         return state._replace(last_tokens=last_tokens), StepOutputs(tokens, logprobs, of_prompt)
-
-
-def _replicated(logits: jax.Array, decoder: Decoder) -> jax.Array:
-    return lax.with_sharding_constraint(logits, named(decoder.mesh, REPLICATED))
 
 
 def _rows_of_tokens(fields: StepFields) -> tuple[jax.Array, jax.Array]:
@@ -135,23 +145,38 @@ def _input_tokens(fields: StepFields, last_tokens: jax.Array, row_of_token: jax.
 def _count_tokens(
     state: DeviceState, fields: StepFields, tokens: jax.Array, row_of_token: jax.Array, live_token: jax.Array
 ) -> DeviceState:
-    """Counts the step's tokens for the penalties, after emptying the counts of lanes that start afresh."""
+    """Counts the tokens of rows with penalties, after emptying the counts of lanes that start afresh."""
     num_lanes = state.counts.shape[0]
-    index = jnp.arange(fields.lanes.shape[0], dtype=jnp.int32)
-    fresh = (index < fields.num_rows[0]) & (fields.start_positions == 0)
+    penalised = _live_rows(fields) & _penalised(fields)
+    fresh = penalised & (fields.start_positions == 0)
     fresh_first = jnp.argsort(~fresh)
 
-    def empty(number: jax.Array, counted: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    def empty(number: jax.Array, counted: _Counted) -> _Counted:
         lane = fields.lanes[fresh_first[number]]
         return tuple(lax.dynamic_update_slice_in_dim(c, jnp.zeros_like(c[:1]), lane, 0) for c in counted)  # type: ignore[return-value]
 
-    # A loop over the few fresh lanes: a scatter of whole rows would make an array of zeros every step.
-    counts, in_prompt = lax.fori_loop(0, jnp.sum(fresh), empty, (state.counts, state.in_prompt))
-    of_prompt = fields.positions < fields.prompt_lens[row_of_token]
-    lanes = fields.lanes[row_of_token]
-    counts = counts.at[jnp.where(live_token & ~of_prompt, lanes, num_lanes), tokens].add(1, mode="drop")
-    in_prompt = in_prompt.at[jnp.where(live_token & of_prompt, lanes, num_lanes), tokens].set(True, mode="drop")
+    def count(_: jax.Array, counted: _Counted) -> _Counted:
+        # A loop over the few fresh lanes: a scatter of whole rows would make an array of zeros every step.
+        counts, in_prompt = lax.fori_loop(0, jnp.sum(fresh), empty, counted)
+        wanted = live_token & penalised[row_of_token]
+        of_prompt = fields.positions < fields.prompt_lens[row_of_token]
+        lanes = fields.lanes[row_of_token]
+        counts = counts.at[jnp.where(wanted & ~of_prompt, lanes, num_lanes), tokens].add(1, mode="drop")
+        in_prompt = in_prompt.at[jnp.where(wanted & of_prompt, lanes, num_lanes), tokens].set(True, mode="drop")
+        return counts, in_prompt
+
+    # A loop of one turn or none: what a conditional is given would be copied, and most steps have no penalties.
+    turns = jnp.any(penalised).astype(jnp.int32)
+    counts, in_prompt = lax.fori_loop(0, turns, count, (state.counts, state.in_prompt))
     return state._replace(counts=counts, in_prompt=in_prompt)
+
+
+def _live_rows(fields: StepFields) -> jax.Array:
+    return jnp.arange(fields.lanes.shape[0], dtype=jnp.int32) < fields.num_rows[0]
+
+
+def _penalised(fields: StepFields) -> jax.Array:
+    return (fields.repetition_penalty != 1) | (fields.presence_penalty != 0) | (fields.frequency_penalty != 0)
 
 
 def _sampling_rows(fields: StepFields) -> SamplingRows:
@@ -165,9 +190,7 @@ def _shaped(logits: jax.Array, state: DeviceState, fields: StepFields) -> jax.Ar
         return per_lane.at[fields.lanes].get(mode="clip")
 
     biased = of_rows(state.bias_ids[:, 0]) < logits.shape[1]
-    penalised = (fields.repetition_penalty != 1) | (fields.presence_penalty != 0) | (fields.frequency_penalty != 0)
-    live = jnp.arange(fields.lanes.shape[0]) < fields.num_rows[0]
-    needed = live & (biased | penalised | (fields.suppress_stops > 0))
+    needed = _live_rows(fields) & (biased | _penalised(fields) | (fields.suppress_stops > 0))
 
     def shape(logits: jax.Array) -> jax.Array:
         lanes = LaneSampling(*(of_rows(getattr(state, name)) for name in LaneSampling._fields))

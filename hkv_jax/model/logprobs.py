@@ -43,7 +43,7 @@ def top_logprobs(logits: Logits, chosen: jax.Array) -> TopLogprobs:
 
 
 def prompt_logprobs(
-    hidden: Hidden, targets: jax.Array, num_tokens: jax.Array, to_logits: Callable[[Hidden], Logits]
+    hidden: Hidden, targets: jax.Array, num_tokens: jax.Array, of_tile: Callable[[Hidden, jax.Array], TopLogprobs]
 ) -> TopLogprobs:
     """Logprobs of each token's successor ``targets`` i32[T], a tile of tokens at a time.
 
@@ -51,7 +51,7 @@ def prompt_logprobs(
         hidden: [T, E], before the final norm.
         targets: the token that follows; negative where none is wanted (unspecified result).
         num_tokens: live tokens of the step, a scalar; later tiles are not computed.
-        to_logits: [n, E] → f32[n, V].
+        of_tile: the logprobs of a few tokens, from their hidden states [n, E] and their successors i32[n].
     """
     tile, count = PROMPT_TILE_TOKENS, hidden.shape[0]
     spare = -count % tile
@@ -59,9 +59,7 @@ def prompt_logprobs(
 
     def one_tile(number: jax.Array, found: TopLogprobs) -> TopLogprobs:
         start = number * tile
-        part = top_logprobs(
-            to_logits(lax.dynamic_slice_in_dim(hidden, start, tile)), lax.dynamic_slice_in_dim(targets, start, tile)
-        )
+        part = of_tile(*(lax.dynamic_slice_in_dim(x, start, tile) for x in (hidden, targets)))
         return TopLogprobs(
             *(lax.dynamic_update_slice_in_dim(a, b, start, axis=0) for a, b in zip(found, part, strict=True))
         )

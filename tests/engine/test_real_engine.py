@@ -178,3 +178,28 @@ def test_memory_is_given_back() -> None:
     assert sum(array.nbytes for array in jax.live_arrays()) > before + 2**20
     del parts
     assert sum(array.nbytes for array in jax.live_arrays()) <= before
+
+
+@pytest.mark.slow
+def test_chips_share_the_vocabulary_and_the_rows_without_a_trace() -> None:
+    found: list[dict[str, tuple[list[int], list[float]]]] = []
+    for chips in (1, 2):
+        options = {"max_num_seqs": 1, "max_num_batched_tokens": 16, "max_model_len": 128, "kv_cache_memory": "1MiB"}
+        engine, rng = build(tensor_parallel_size=chips, **options).engine, random.Random(1)
+        for number in range(16):
+            engine.add(random_request(number, rng))
+        drawn: dict[str, tuple[list[int], list[float]]] = {}
+        while engine.has_work:
+            for event in engine.step():
+                name = f"{event.sequence.request.request_id}/{event.sequence.sample}"
+                tokens, logprobs = drawn.setdefault(name, ([], []))
+                tokens.append(event.token_id)
+                for logprob in (event.logprob, *(event.prompt_logprobs or ())):
+                    if logprob is not None and logprob.logprob is not None:
+                        logprobs.append(logprob.logprob)
+        found.append(drawn)
+    alone, together = found
+    assert {name: tokens for name, (tokens, _) in together.items()} == {n: t for n, (t, _) in alone.items()}
+    assert sum(bool(logprobs) for _, logprobs in alone.values()) > 3
+    for name, (_, logprobs) in alone.items():
+        np.testing.assert_allclose(together[name][1], logprobs, atol=1e-4)

@@ -5,6 +5,7 @@ That the state is donated (aliased) does not show it by itself: a program may al
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from functools import cache
 
@@ -69,3 +70,16 @@ def test_temporary_memory_does_not_grow_with_the_arena(program: str, dtype: str,
     assert large < arena_bytes / 4
     # Everything donated comes back in place.
     assert aliased >= local_bytes(large_state)
+
+
+@pytest.mark.parametrize("bucket", [Bucket(1, 1, False), Bucket(SLOTS, SLOTS, False), Bucket(32, SLOTS, True)], ids=str)
+def test_no_chip_collects_what_is_split_over_the_vocabulary(bucket: Bucket) -> None:
+    # All to all, rows change hands; of the embedding, the counts and the logits no chip ever has the whole.
+    engine = unbuilt("bfloat16", SMALL_BYTES, 2)
+    text = engine.lower_step(bucket).compile().as_text()
+    assert text is not None
+    assert "all-to-all" in text
+    gathered = re.findall(r"= \(?\w+\[([\d,]*)\]\S* all-gather", text)
+    assert gathered
+    vocabulary = str(engine.spec.vocab_size)
+    assert not [shape for shape in gathered if vocabulary in shape.split(",")]

@@ -56,7 +56,7 @@ class TestPrompt:
 
     def run(self, hidden: NDArray, targets: NDArray, num_tokens: int) -> TopLogprobs:
         weights = jnp.asarray(self.weights())
-        program = jax.jit(partial(logprobs.prompt_logprobs, to_logits=lambda x: x @ weights))
+        program = jax.jit(partial(logprobs.prompt_logprobs, of_tile=lambda x, t: logprobs.top_logprobs(x @ weights, t)))
         return program(hidden, targets, num_tokens)
 
     @pytest.mark.parametrize("num_tokens", [1, PROMPT_TILE_TOKENS, PROMPT_TILE_TOKENS + 1, TOKENS])
@@ -87,7 +87,7 @@ class TestPrompt:
 
     def test_logits_exist_for_one_tile_at_a_time(self) -> None:
         weights = jnp.asarray(self.weights())
-        program = jax.jit(partial(logprobs.prompt_logprobs, to_logits=lambda x: x @ weights))
+        program = jax.jit(partial(logprobs.prompt_logprobs, of_tile=lambda x, t: logprobs.top_logprobs(x @ weights, t)))
         temporary = []
         for tiles in (4, 64):
             shapes = (jax.ShapeDtypeStruct((tiles * PROMPT_TILE_TOKENS, HIDDEN), jnp.float32),)
