@@ -11,43 +11,43 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.decode_inputs import DecodeInputs
-from pallas_kernels.pages import LANES, NO_SLOT, AttentionShape, PageGeometry, as_pages, token_planes
+from pallas_kernels.pages import NO_SLOT, AttentionShape, PageGeometry
+from pallas_kernels.reference_pages import floats_of_pages, floats_of_tokens, slot_views, token_rows
+from pallas_kernels.scales import Arena, arena_of
 
 
-def decode_reference(shape: AttentionShape, inputs: DecodeInputs) -> tuple[jax.Array, jax.Array]:
+def decode_reference(shape: AttentionShape, inputs: DecodeInputs) -> tuple[jax.Array, Arena]:
     """Outputs f32[S, H, Dv] and the arena, as ``ops.decode`` gives them."""
     written = _written(shape.pages, inputs)
     outputs = [_attend(shape, inputs, written, row) for row in range(inputs.queries.shape[0])]
     return jnp.stack(outputs), written
 
 
-def _written(pages: PageGeometry, inputs: DecodeInputs) -> jax.Array:
-    view = as_pages(inputs.arena, pages)
-    new_rows = token_planes(inputs.keys, inputs.values, pages)
+def _written(pages: PageGeometry, inputs: DecodeInputs) -> Arena:
+    rows_and_words = token_rows(inputs.keys, inputs.values, inputs.words, pages)
+    views = slot_views(inputs.arena, pages)
     for row, slot in enumerate(inputs.rows.slots.tolist()):
         if slot != NO_SLOT and inputs.rows.kv_lens[row] > 0:
             page, offset = divmod(slot, pages.block_size)
-            view = view.at[page + inputs.layer, :, offset].set(new_rows[row])
-    return view.reshape(inputs.arena.shape)
+            views = [
+                view.at[page + inputs.layer, :, offset].set(new[row])
+                for view, new in zip(views, rows_and_words, strict=True)
+            ]
+    return arena_of(views, inputs.arena)
 
 
-def _attend(shape: AttentionShape, inputs: DecodeInputs, arena: jax.Array, row: int) -> jax.Array:
+def _attend(shape: AttentionShape, inputs: DecodeInputs, arena: Arena, row: int) -> jax.Array:
     pages = shape.pages
     kv_len = int(inputs.rows.kv_lens[row])
     if kv_len == 0:
         return jnp.zeros((shape.num_heads, pages.value_dim), jnp.float32)
     blocks = inputs.rows.tables[row].reshape(-1)[: -(-kv_len // pages.block_size)] + inputs.layer
-    planes = (
-        as_pages(arena, pages)[blocks].swapaxes(1, 2).reshape(-1, pages.num_kv_heads, pages.planes_per_head * LANES)
-    )
-    keys = planes[:kv_len, :, : pages.key_dim].astype(jnp.float32)
-    value_begin = pages.value_lane if pages.shares_plane else pages.key_planes * LANES
-    values = planes[:kv_len, :, value_begin : value_begin + pages.value_dim].astype(jnp.float32)
+    keys, values = (part[:kv_len] for part in floats_of_pages(arena, pages, blocks))
     if shape.window is not None:
         # The row's own key comes from the activations, whether or not it has a slot.
         first = max(kv_len - shape.window, 0)
-        keys = keys.at[-1].set(inputs.keys[row].astype(jnp.float32))[first:]
-        values = values.at[-1].set(inputs.values[row].astype(jnp.float32))[first:]
+        own_keys, own_values = floats_of_tokens(inputs.keys, inputs.values, inputs.words, pages)
+        keys, values = keys.at[-1].set(own_keys[row])[first:], values.at[-1].set(own_values[row])[first:]
     queries = inputs.queries[row].astype(jnp.float32).reshape(pages.num_kv_heads, -1, pages.key_dim)
     with jax.default_matmul_precision("highest"):
         scores = jnp.einsum("kgd,nkd->kgn", queries, keys) * shape.scale

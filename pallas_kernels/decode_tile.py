@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.heads import HeadLayout
 from pallas_kernels.pages import AttentionShape
+from pallas_kernels.scales import is_scaled, word_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +42,21 @@ class DecodeTile:
     def shape(self) -> AttentionShape:
         """The attention."""
         return self.heads.shape
+
+    @property
+    def scaled(self) -> bool:
+        """Whether K/V are integers with scales."""
+        return is_scaled(self.kv_dtype)
+
+    @property
+    def word_rows(self) -> int:
+        """R, rows of scales of a page of integers."""
+        return word_rows(self.shape.pages)
+
+    @property
+    def pool_arrays(self) -> int:
+        """Arrays that the pool is made of: pages, and words where they have scales."""
+        return 2 if self.scaled else 1
 
     @property
     def block(self) -> int:

@@ -13,7 +13,7 @@ Axis letters: S sequences, H query heads, K kv heads, D head dim, G query heads 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -153,6 +153,17 @@ class HeadLayout:
         for i in range(1, self.heads_per_product):
             chosen = jnp.where(head == i, weighted[:, i * lanes : (i + 1) * lanes], chosen)
         return chosen
+
+    def by_row(self, of_heads: Sequence[jax.Array], rows: int) -> jax.Array:
+        """What differs by kv head of a product, [1, lanes] each, laid out as the product's rows are, [rows, lanes]."""
+        if len(of_heads) == 1:
+            return of_heads[0]
+        halves = 2 if self.packed else 1
+        part = jnp.broadcast_to(of_heads[0], (rows // halves, of_heads[0].shape[1]))
+        head = _head_of_row(part, self.heads_per_product)
+        for i in range(1, self.heads_per_product):
+            part = jnp.where(head == i, of_heads[i], part)
+        return part if halves == 1 else jnp.concatenate([part] * halves, axis=0)
 
     def pack_outputs(self, outputs: jax.Array) -> jax.Array:
         """From a product's f32 [rows_per_product, lanes of a head] to its rows of ``output_shape``."""

@@ -121,7 +121,7 @@ def row_tile(dtype: jnp.dtype) -> int:
 SMALLEST_WRITE_ROWS = 8
 
 PACKS_ROWS_IN_PLACE = ("TPU v4", "TPU v5", "TPU v6")
-"""Chips whose tiles have 8 rows whatever the dtype; on others 16-bit values are tiled by 16."""
+"""Chips whose tiles of 32- and 16-bit values have 8 rows; on others those of 16 bits have 16. Bytes come by 32."""
 
 
 def write_rows(dtype: jnp.dtype) -> int:
@@ -129,7 +129,8 @@ def write_rows(dtype: jnp.dtype) -> int:
     mesh = jax.sharding.get_abstract_mesh()
     device = getattr(mesh, "abstract_device", None)
     kind = str(getattr(device, "device_kind", ""))
-    return SMALLEST_WRITE_ROWS if kind.startswith(PACKS_ROWS_IN_PLACE) else row_tile(dtype)
+    in_place = kind.startswith(PACKS_ROWS_IN_PLACE) and jnp.dtype(dtype).itemsize > 1
+    return SMALLEST_WRITE_ROWS if in_place else row_tile(dtype)
 
 
 def as_pages(arena: jax.Array, pages: PageGeometry) -> jax.Array:

@@ -22,6 +22,9 @@ NO_SLOT = 2**31 - 1
 LANES = 128
 """Elements of one row of a plane: the width of a TPU vector register."""
 
+SCALE_BYTES = 4
+"""Of the scale of a row of 128 integers; where K and V share the row, of both scales."""
+
 MAX_BLOCK_SIZE = 4096
 """Tokens; larger blocks would waste more than any table they spare."""
 
@@ -80,9 +83,19 @@ class KVFormat:
         return self.rows_per_page * self.row_elements
 
     @property
+    def row_bytes(self) -> int:
+        """Bytes of one row, with the scale of a row of integers."""
+        return self.row_elements * self.itemsize + (SCALE_BYTES if self.has_scales else 0)
+
+    @property
+    def has_scales(self) -> bool:
+        """Whether K/V are integers of 8 bits, each row of which has a scale in an array beside the arena."""
+        return self.itemsize == 1
+
+    @property
     def page_bytes(self) -> int:
-        """Bytes of one page."""
-        return self.page_elements * self.itemsize
+        """Bytes of one page, with its scales."""
+        return self.rows_per_page * self.row_bytes
 
     @property
     def block_bytes(self) -> int:
@@ -114,15 +127,35 @@ def default_block_sizes(
     """Tokens per block of each group, by name.
 
     A window spans about sixteen blocks, so that little more than the window is held and read; a global block is at
-    least as large as any sliding one, since prefixes are matched in whole blocks of every group.
+    least as large as any sliding one, since prefixes are matched in whole blocks of every group. Blocks of integers
+    have whole rows of scales.
     """
-    sizes = {group.name: _window_block_size(group.window, itemsize) for group in groups if group.window is not None}
+    sizes = {
+        group.name: max(
+            _window_block_size(group.window, itemsize), least_block_size(group, layout, itemsize, tensor_parallel)
+        )
+        for group in groups
+        if group.window is not None
+    }
     largest = max(sizes.values(), default=0)
     for group in groups:
         if group.kind is LayerKind.GLOBAL:
             heads = kv_heads_per_chip(group.num_kv_heads, tensor_parallel)
-            sizes[group.name] = max(largest, _global_block_size(group, layout, itemsize, heads))
+            least = least_block_size(group, layout, itemsize, tensor_parallel)
+            sizes[group.name] = max(largest, least, _global_block_size(group, layout, itemsize, heads))
     return sizes
+
+
+def least_block_size(group: KVGroupSpec, layout: PageLayout, itemsize: int, tensor_parallel: int) -> int:
+    """The smallest block, in tokens, that a layout can hold of a group: a tile of rows, and whole rows of scales."""
+    if layout is PageLayout.ROWS:
+        return 1
+    least = row_tile(itemsize)
+    if itemsize > 1:
+        return least
+    heads = kv_heads_per_chip(group.num_kv_heads, tensor_parallel)
+    planes = KVFormat(layout, least, heads, group.head_dim, itemsize, group.num_layers).num_planes
+    return max(least, LANES // math.gcd(planes, LANES))
 
 
 def _window_block_size(window: int, itemsize: int) -> int:
@@ -152,7 +185,10 @@ def choose_block_sizes(
     for name, size in given.items():
         if name not in known:
             raise ConfigError(f"block_size: no group is called {name!r}; this model has {', '.join(sorted(known))}")
-        _check_block_size(name, size, layout, itemsize)
+        least = max(
+            least_block_size(g, layout, itemsize, tensor_parallel) for g in groups if name in (g.name, str(g.kind))
+        )
+        _check_block_size(name, size, least)
     chosen = {g.name: given.get(g.name, given.get(str(g.kind), 0)) for g in groups}
     defaults = default_block_sizes(groups, layout, itemsize, tensor_parallel)
     is_global = {group.name: group.kind is LayerKind.GLOBAL for group in groups}
@@ -170,7 +206,6 @@ def choose_block_sizes(
     return sizes
 
 
-def _check_block_size(name: str, size: int, layout: PageLayout, itemsize: int) -> None:
-    least = row_tile(itemsize) if layout is PageLayout.PLANES else 1
+def _check_block_size(name: str, size: int, least: int) -> None:
     if not least <= size <= MAX_BLOCK_SIZE or size & (size - 1):
         raise ConfigError(f"block_size: {name}={size} must be a power of two from {least} to {MAX_BLOCK_SIZE}")

@@ -22,6 +22,7 @@ from hkv_jax.model.xla_attention import (
     paged_attention,
 )
 from hkv_jax.sharding import MODEL_AXIS, OVER_CHIPS, OVER_HEADS, REPLICATED
+from pallas_kernels.scales import Arena
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +74,7 @@ def write_and_attend(
     index = jax.numpy.asarray(layer.layer, jax.numpy.int32)
     sink_partition = None if layer.sinks is None else PartitionSpec(MODEL_AXIS)
 
-    def local(inputs: AttentionInputs, slots: jax.Array, kernels: KernelStep | None) -> tuple[jax.Array, jax.Array]:
+    def local(inputs: AttentionInputs, slots: jax.Array, kernels: KernelStep | None) -> tuple[jax.Array, Arena]:
         if kernels is not None:
             return attend(spec, inputs, kernels, interpret=mesh.devices.flat[0].platform != "tpu")
         # Written first, so that reading depends on the write: the other order makes XLA copy the arena.

@@ -22,6 +22,7 @@ from pallas_kernels.pages import AttentionShape, PageGeometry
 from pallas_kernels.prefill_attention.ops import PrefillInputs, prefill, rows_of_step
 from pallas_kernels.prefill_rows import PrefillRows, StepTokens
 from pallas_kernels.rows import DecodeRows, QueryRows, global_rows, windowed_rows
+from pallas_kernels.scales import Arena
 from pallas_kernels.windowed_attention.ops import decode as windowed_decode
 
 LEAST_PREFILL_TOKENS = 16
@@ -81,7 +82,7 @@ def kernel_step(
 
 def attend(
     spec: AttentionSpec, inputs: AttentionInputs, step: KernelStep, interpret: bool
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, Arena]:
     """Writes the step's keys and values and attends, on one chip.
 
     Returns:

@@ -13,7 +13,7 @@ Axis letters: S rows, H query heads, C planes of a page, P token slots of a bloc
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -25,6 +25,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels import softmax
 from pallas_kernels.decode_tile import DecodeTile
 from pallas_kernels.pages import LANES, NO_SLOT
+from pallas_kernels.scales import NoScales, slot_of_word, tile_scales
 
 TABLES_HELD = 3
 """Rows whose table is in scalar memory: the one that is fetched and the next."""
@@ -60,29 +61,36 @@ class Scalars(NamedTuple):
 
 
 class Arrays(NamedTuple):
-    """Blocks of one row in VMEM: queries, new rows [1, C, 128], sinks f32[H, 128] or None, outputs."""
+    """Blocks of one row in VMEM: queries, new rows [1, C, 128], sinks f32[H, 128] or None, outputs.
+
+    new_words: of integers, the scales of the new rows in every slot of a page, i32[1, R, 128]; else None.
+    """
 
     queries: Any
     new_rows: Any
+    new_words: Any
     sinks: Any
     outputs: Any
 
 
 class Pool(NamedTuple):
-    """In HBM: tables i32[S, M / 128, 128] and pages [num_pages, C, P, 128]."""
+    """In HBM: tables i32[S, M / 128, 128]; pages [num_pages, C, P, 128] and, of integers, words [num_pages, R, 128]."""
 
     tables: Any
-    pages: Any
+    views: Sequence[Any]
 
 
 class Scratch(NamedTuple):
     """VMEM: tiles [buffers, C, T, 128], writes [WRITES_HELD, C, row tile, 128], a row's running softmax f32[H, …].
 
+    Of integers, words i32[buffers, rows, 128] of the tiles' scales and word_writes [WRITES_HELD, R, 128]; else None.
     SMEM: tables i32[TABLES_HELD, M / 128, 128], queue i32[4] (see ``_Queue``). Semaphores of buffers, tables, writes.
     """
 
     tiles: Any
+    words: Any
     writes: Any
+    word_writes: Any
     maximum: Any
     total: Any
     weighted: Any
@@ -99,10 +107,16 @@ def decode_kernel(tile: PagedTile, has_sinks: bool) -> Callable[..., None]:
     def body(*refs: Any) -> None:
         scalars, rest = Scalars(*refs[:4]), list(refs[4:])
         queries, new_rows = rest.pop(0), rest.pop(0)
+        new_words = rest.pop(0) if tile.scaled else None
         sinks = rest.pop(0) if has_sinks else None
-        tables, _aliased, outputs, pages = rest[:4]
-        queue = _Queue(tile, scalars, Pool(tables, pages), Scratch(*rest[4:]))
-        _program(tile, queue, Arrays(queries, new_rows, sinks, outputs))
+        tables = rest.pop(0)
+        # The pool comes in and goes out, and is the same.
+        outputs, views = rest[tile.pool_arrays], rest[tile.pool_arrays + 1 : 2 * tile.pool_arrays + 1]
+        scratch = rest[2 * tile.pool_arrays + 1 :]
+        tiles, words = scratch.pop(0), scratch.pop(0) if tile.scaled else None
+        writes, word_writes = scratch.pop(0), scratch.pop(0) if tile.scaled else None
+        queue = _Queue(tile, scalars, Pool(tables, views), Scratch(tiles, words, writes, word_writes, *scratch))
+        _program(tile, queue, Arrays(queries, new_rows, new_words, sinks, outputs))
 
     return body
 
@@ -188,7 +202,8 @@ class _Queue:
 
         def start(position: Any) -> None:
             page = self.scratch.tables[slot, vector, column + position] + self._scalars.layer_and_live[0]
-            self._page_copy(page, buffer, position).start()
+            for copy in self._page_copies(page, buffer, position):
+                copy.start()
 
         @pl.when(first + tile.blocks <= num_blocks)
         def _whole() -> None:
@@ -210,23 +225,33 @@ class _Queue:
         @pl.when(first + tile.blocks <= num_blocks)
         def _whole() -> None:
             # One wait for the bytes of all copies.
-            here = self.scratch.tiles.at[buffer]
-            pltpu.make_async_copy(here, here, self.scratch.fetched.at[buffer]).wait()
+            whole = [self.scratch.tiles.at[buffer]]
+            if tile.scaled:
+                whole.append(self.scratch.words.at[buffer, pl.ds(0, tile.blocks * tile.word_rows)])
+            for here in whole:
+                pltpu.make_async_copy(here, here, self.scratch.fetched.at[buffer]).wait()
 
         @pl.when(first + tile.blocks > num_blocks)
         def _part() -> None:
-            one = self._page_copy(0, buffer, 0)
-            lax.fori_loop(0, num_blocks - first, lambda _i, _c: one.wait(), None)
+            def one(_index: Any, _: None) -> None:
+                for copy in self._page_copies(0, buffer, 0):
+                    copy.wait()
+
+            lax.fori_loop(0, num_blocks - first, one, None)
 
         return buffer
 
-    def _page_copy(self, page: Any, buffer: Any, position: Any) -> Any:
-        begin = pl.multiple_of(position * self._tile.block, self._tile.block)
-        return pltpu.make_async_copy(
-            self._pool.pages.at[page],
-            self.scratch.tiles.at[buffer, :, pl.ds(begin, self._tile.block), :],
-            self.scratch.fetched.at[buffer],
-        )
+    def _page_copies(self, page: Any, buffer: Any, position: Any) -> list[Any]:
+        """Of a block, and of its scales where it has some."""
+        tile, scratch = self._tile, self.scratch
+        begin = pl.multiple_of(position * tile.block, tile.block)
+        targets = [scratch.tiles.at[buffer, :, pl.ds(begin, tile.block), :]]
+        if tile.scaled:
+            targets.append(scratch.words.at[buffer, pl.ds(position * tile.word_rows, tile.word_rows)])
+        return [
+            pltpu.make_async_copy(there.at[page], here, scratch.fetched.at[buffer])
+            for there, here in zip(self._pool.views, targets, strict=True)
+        ]
 
     def _table_copy(self, number: Any, slot: Any) -> Any:
         return pltpu.make_async_copy(
@@ -258,8 +283,13 @@ class _Queue:
             page = lax.div(slot, block) + self._scalars.layer_and_live[0]
             begin = pl.multiple_of(lax.div(lax.rem(slot, block), rows) * rows, rows)
             held = lax.rem(number, WRITES_HELD)
-            target = self._pool.pages.at[page, :, pl.ds(begin, rows), :]
-            act(pltpu.make_async_copy(self.scratch.writes.at[held], target, self.scratch.written.at[held]))
+            pages, *words = self._pool.views
+            act(self._write_copy(self.scratch.writes, held, pages.at[page, :, pl.ds(begin, rows), :]))
+            for view in words:
+                act(self._write_copy(self.scratch.word_writes, held, view.at[page]))
+
+    def _write_copy(self, writes: Any, held: Any, target: Any) -> Any:
+        return pltpu.make_async_copy(writes.at[held], target, self.scratch.written.at[held])
 
     def has_slot(self, number: Any) -> Any:
         """Whether the row's K/V goes somewhere."""
@@ -281,7 +311,7 @@ def _attend_row(tile: PagedTile, queue: _Queue, arrays: Arrays, number: Any) -> 
         @pl.when(is_last)
         def _new() -> None:
             queue.wait_written(number - WRITES_HELD)
-            _insert_new(tile, queue, arrays.new_rows, (number, kv_len - 1 - index * tile.tokens, buffer))
+            _insert_new(tile, queue, arrays, (number, kv_len - 1 - index * tile.tokens, buffer))
             queue.write(number)
 
         @pl.when(is_edge)
@@ -304,7 +334,7 @@ def _begin_softmax(arrays: Arrays, scratch: Scratch) -> None:
     scratch.weighted[...] = jnp.zeros_like(scratch.weighted)
 
 
-def _insert_new(tile: PagedTile, queue: _Queue, new_ref: Any, where: tuple[Any, Any, Any]) -> None:
+def _insert_new(tile: PagedTile, queue: _Queue, arrays: Arrays, where: tuple[Any, Any, Any]) -> None:
     """Puts the new token's rows into the row's last tile and beside, among those of its pool tile, to be written."""
     number, last, buffer = where
     scratch, size = queue.scratch, tile.write_rows
@@ -315,9 +345,16 @@ def _insert_new(tile: PagedTile, queue: _Queue, new_ref: Any, where: tuple[Any, 
     held = lax.rem(number, WRITES_HELD)
     for plane in range(tile.shape.pages.num_planes):
         here = scratch.tiles.at[buffer, plane, pl.ds(begin, size), :]
-        both = jnp.where(is_new, new_ref[0, plane : plane + 1, :], here[...])
+        both = jnp.where(is_new, arrays.new_rows[0, plane : plane + 1, :], here[...])
         here[...] = both
         scratch.writes[held, plane] = both
+    if tile.scaled:
+        rows = tile.word_rows
+        words = scratch.words.at[buffer, pl.ds(lax.div(last, tile.block) * rows, rows), :]
+        is_own = (slot_of_word(tile.shape.pages) == lax.rem(last, tile.block)) & inserts
+        page = jnp.where(is_own, arrays.new_words[0], words[...])
+        words[...] = page
+        scratch.word_writes[held] = page
 
 
 def _add_tile(tile: PagedTile, arrays: Arrays, scratch: Scratch, buffer: Any, edge: tuple[Any] | None) -> None:
@@ -329,6 +366,7 @@ def _add_tile(tile: PagedTile, arrays: Arrays, scratch: Scratch, buffer: Any, ed
     def plane(number: int) -> jax.Array:
         return scratch.tiles[buffer, number]
 
+    scales = tile_scales(heads, scratch.words.at[buffer], tile.blocks) if tile.scaled else NoScales()
     # In stages over all heads: the compiler does not move products past one another.
     scores = [
         softmax.scores(
@@ -339,7 +377,11 @@ def _add_tile(tile: PagedTile, arrays: Arrays, scratch: Scratch, buffer: Any, ed
     ]
     live = None if edge is None else _live(tile, (1, tile.tokens), 1, edge[0])
     steps = [
-        softmax.weigh(softmax.scaled(tile.shape, score), live, scratch.maximum[product * rows : (product + 1) * rows])
+        softmax.weigh(
+            softmax.scaled(tile.shape, scales.of_scores(product, score)),
+            live,
+            scratch.maximum[product * rows : (product + 1) * rows],
+        )
         for product, score in zip(products, scores, strict=True)
     ]
     live_rows = None if edge is None else _live(tile, (tile.tokens, LANES), 0, edge[0])
@@ -353,7 +395,8 @@ def _add_tile(tile: PagedTile, arrays: Arrays, scratch: Scratch, buffer: Any, ed
     for product, step in zip(products, steps, strict=True):
         here = slice(product * rows, (product + 1) * rows)
         values = heads.product_values(value_plane, product).astype(tile.compute_dtype)
-        weighted = heads.diagonal(softmax.weighted_sum(step.weights, values))
+        weights = scales.of_weights(product, step.weights, live)
+        weighted = heads.diagonal(softmax.weighted_sum(weights, values))
         shrink = jnp.exp(scratch.maximum[here] - step.maximum)
         scratch.maximum[here] = step.maximum
         scratch.total[here] = scratch.total[here] * shrink + sums[product]

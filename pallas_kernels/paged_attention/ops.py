@@ -17,13 +17,14 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.decode_inputs import DecodeInputs, check_decode
 from pallas_kernels.heads import HeadLayout
 from pallas_kernels.paged_attention.kernel import TABLES_HELD, WRITES_HELD, PagedTile, decode_kernel
-from pallas_kernels.pages import LANES, AttentionShape, as_pages, token_planes, write_rows
+from pallas_kernels.pages import LANES, AttentionShape, token_planes, write_rows
+from pallas_kernels.scales import Arena, arena_of, buffer_rows, in_every_slot, pool_views
 from pallas_kernels.tiles import page_bytes, paged_tiles, vector_memory_limit
 
 
 def decode(
     shape: AttentionShape, inputs: DecodeInputs, interpret: bool | pltpu.InterpretParams = False
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, Arena]:
     """Writes each row's K/V to its slot and attends over all its blocks, or over the window at their end.
 
     A global row without a slot sees what the pool holds at its own position.
@@ -36,9 +37,10 @@ def decode(
     """
     check_decode(shape, inputs)
     num_rows = inputs.queries.shape[0]
-    tile = _tile(shape, jnp.dtype(inputs.arena.dtype), jnp.dtype(inputs.queries.dtype))
+    tile = _tile(shape, jnp.dtype(inputs.keys.dtype), jnp.dtype(inputs.queries.dtype))
     heads, pages, rows = tile.heads, shape.pages, inputs.rows
-    view = as_pages(inputs.arena, pages)
+    pool = pool_views(inputs.arena, pages)
+    new_words = [] if inputs.words is None else [in_every_slot(inputs.words, pages)]
     sinks = [] if inputs.sinks is None else [heads.pack_sinks(inputs.sinks)]
     vectors = rows.tables.shape[1]
 
@@ -53,16 +55,28 @@ def decode(
     in_hbm = pl.BlockSpec(memory_space=pl.ANY)
     running = (shape.num_heads, LANES)
     value_lanes = heads.output_shape[1]
-    outputs, view = pl.pallas_call(
+    outputs, *pool = pl.pallas_call(
         decode_kernel(tile, has_sinks=bool(sinks)),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=4,
             grid=(num_rows,),
-            in_specs=[by_row(*heads.query_shape), by_row(pages.num_planes, LANES), *whole_sinks, in_hbm, in_hbm],
-            out_specs=[by_row(*heads.output_shape), in_hbm],
+            in_specs=[
+                by_row(*heads.query_shape),
+                by_row(pages.num_planes, LANES),
+                *(by_row(*words.shape[1:]) for words in new_words),
+                *whole_sinks,
+                in_hbm,
+                *(in_hbm for _ in pool),
+            ],
+            out_specs=[by_row(*heads.output_shape), *(in_hbm for _ in pool)],
             scratch_shapes=[
-                pltpu.VMEM((tile.buffers, pages.num_planes, tile.tokens, LANES), view.dtype),
-                pltpu.VMEM((WRITES_HELD, pages.num_planes, tile.write_rows, LANES), view.dtype),
+                pltpu.VMEM((tile.buffers, pages.num_planes, tile.tokens, LANES), tile.kv_dtype),
+                *(
+                    pltpu.VMEM((tile.buffers, buffer_rows(pages, tile.blocks), LANES), words.dtype)
+                    for words in new_words
+                ),
+                pltpu.VMEM((WRITES_HELD, pages.num_planes, tile.write_rows, LANES), tile.kv_dtype),
+                *(pltpu.VMEM((WRITES_HELD, *words.shape[1:]), words.dtype) for words in new_words),
                 pltpu.VMEM(running, jnp.float32),
                 pltpu.VMEM(running, jnp.float32),
                 pltpu.VMEM((shape.num_heads, value_lanes), jnp.float32),
@@ -75,12 +89,12 @@ def decode(
         ),
         out_shape=[
             jax.ShapeDtypeStruct((num_rows, *heads.output_shape), inputs.queries.dtype),
-            jax.ShapeDtypeStruct(view.shape, view.dtype),
+            *(jax.ShapeDtypeStruct(view.shape, view.dtype) for view in pool),
         ],
-        input_output_aliases={7 + len(sinks): 1},
+        input_output_aliases={7 + len(new_words) + len(sinks) + i: 1 + i for i in range(len(pool))},
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("arbitrary",),
-            vmem_limit_bytes=vector_memory_limit(tile.buffers * tile.blocks * page_bytes(shape, view.dtype)),
+            vmem_limit_bytes=vector_memory_limit(tile.buffers * tile.blocks * page_bytes(shape, tile.kv_dtype)),
             disable_bounds_checks=True,
         ),
         interpret=interpret,
@@ -92,12 +106,13 @@ def decode(
         jnp.stack([inputs.layer, jnp.sum(rows.kv_lens > 0, dtype=jnp.int32)]),
         heads.pack_queries(inputs.queries),
         token_planes(inputs.keys, inputs.values, pages),
+        *new_words,
         *sinks,
         rows.tables,
-        view,
+        *pool,
     )
     outputs = jnp.where((rows.kv_lens > 0)[:, None, None], outputs, jnp.zeros_like(outputs))
-    return heads.unpack_outputs(outputs), view.reshape(inputs.arena.shape)
+    return heads.unpack_outputs(outputs), arena_of(pool, inputs.arena)
 
 
 def _tile(shape: AttentionShape, dtype: jnp.dtype, query_dtype: jnp.dtype) -> PagedTile:

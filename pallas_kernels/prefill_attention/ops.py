@@ -14,10 +14,11 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.pages import LANES, AttentionShape, as_pages, by_token, own_rows
+from pallas_kernels.pages import LANES, AttentionShape, by_token, own_rows
 from pallas_kernels.prefill_attention.kernel import prefill_kernel
 from pallas_kernels.prefill_attention.tile import PrefillTile, choose_tile
 from pallas_kernels.prefill_rows import PrefillRows, StepTokens, prefill_rows
+from pallas_kernels.scales import Arena, check_dtype, pool_views
 
 VMEM_LIMIT_BYTES = 60 << 20
 """What a call may take of VMEM; the smallest memory of a supported chip is 64 MiB a core."""
@@ -40,7 +41,7 @@ class PrefillInputs(NamedTuple):
     queries: jax.Array
     keys: jax.Array
     values: jax.Array
-    arena: jax.Array
+    arena: Arena
     layer: jax.Array
     rows: PrefillRows
     outputs: jax.Array
@@ -64,7 +65,7 @@ def prefill(shape: AttentionShape, inputs: PrefillInputs, interpret: bool | pltp
         ValueError: shapes or dtypes do not fit together.
     """
     _check(shape, inputs)
-    tile = choose_tile(shape, inputs.queries.shape[0], inputs.arena.dtype, inputs.queries.dtype)
+    tile = choose_tile(shape, inputs.queries.shape[0], inputs.keys.dtype, inputs.queries.dtype)
     return run(tile, inputs, interpret)
 
 
@@ -82,7 +83,7 @@ def run(tile: PrefillTile, inputs: PrefillInputs, interpret: bool | pltpu.Interp
     if not interpret:
         # In VMEM, where XLA may have put them, copies from them would be loops of loads and stores.
         queries, outputs, *own = (pltpu.with_memory_space_constraint(x, pltpu.HBM) for x in (queries, outputs, *own))
-    arrays = [queries, *own, as_pages(inputs.arena, pages), *tables]
+    arrays = [queries, *own, *pool_views(inputs.arena, pages), *tables]
     result = pl.pallas_call(
         prefill_kernel(tile, (len(own), len(sinks)), table_width=inputs.rows.tables.shape[1]),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -120,7 +121,7 @@ def _scratch(tile: PrefillTile, inputs: PrefillInputs) -> list[Any]:
     of_rows = pltpu.VMEM((heads, rows, LANES), jnp.float32)
     return [
         pltpu.VMEM((2, tile.queries, lanes_in), inputs.queries.dtype),
-        pltpu.VMEM((2, tile.planes, tile.held_keys, LANES), inputs.arena.dtype),
+        pltpu.VMEM((2, tile.planes, tile.held_keys, LANES), tile.kv_dtype),
         pltpu.VMEM((2, tile.queries, lanes_out), inputs.outputs.dtype),
         pltpu.VMEM((heads, rows, pages.key_planes * LANES), tile.compute_dtype),
         pltpu.VMEM((heads, tile.held_keys // LANES, rows, LANES), jnp.float32),
@@ -150,8 +151,5 @@ def _check(shape: AttentionShape, inputs: PrefillInputs) -> None:
             raise ValueError(f"{name} has shape {array.shape}; {wanted} is needed")
     if num_tokens < 16 or num_tokens & (num_tokens - 1):
         raise ValueError(f"{num_tokens} tokens; a power of two of at least 16 is needed")
-    if inputs.keys.dtype != inputs.arena.dtype or inputs.values.dtype != inputs.arena.dtype:
-        raise ValueError(
-            f"keys are {inputs.keys.dtype}, values {inputs.values.dtype}, the pool {inputs.arena.dtype}; round them to "
-            "the pool's dtype"
-        )
+    for name, array in (("keys", inputs.keys), ("values", inputs.values)):
+        check_dtype(name, array, inputs.arena, None)

@@ -10,9 +10,10 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.pages import LANES, AttentionShape, as_pages
+from pallas_kernels.pages import AttentionShape
 from pallas_kernels.prefill_attention.ops import PrefillInputs
 from pallas_kernels.prefill_rows import VISIT_FIELDS
+from pallas_kernels.reference_pages import floats_of_pages
 
 
 def prefill_reference(shape: AttentionShape, inputs: PrefillInputs, query_tile: int) -> jax.Array:
@@ -39,7 +40,6 @@ def _keys_values(
     """Keys and values f32[N, K, D] of a row by position, those nobody may look at NaN."""
     row, begin, end, start, context = row_fields
     pages, length = shape.pages, start + end - begin
-    view = as_pages(inputs.arena, pages)
     if shape.window is None:
         first, last = 0, length
         table = inputs.rows.tables[row].reshape(-1)
@@ -47,12 +47,12 @@ def _keys_values(
         first, last = max(start - shape.window + 1, context) // pages.block_size * pages.block_size, start
         table = inputs.rows.tables[row]
     blocks = table[: -(-max(last - first, 0) // pages.block_size)] + inputs.layer
-    lanes = pages.planes_per_head * LANES
-    planes = view[blocks].swapaxes(1, 2).reshape(-1, pages.num_kv_heads, lanes)[: max(last - first, 0)]
-    value_begin = pages.value_lane if pages.shares_plane else pages.key_planes * LANES
-    filled = jnp.full((length, pages.num_kv_heads, lanes), jnp.nan, jnp.float32)
-    filled = filled.at[first : first + planes.shape[0]].set(planes.astype(jnp.float32))
-    keys, values = filled[..., : pages.key_dim], filled[..., value_begin : value_begin + pages.value_dim]
+    count = max(last - first, 0)
+    filled = []
+    for part in floats_of_pages(inputs.arena, pages, blocks):
+        unseen = jnp.full((length, *part.shape[1:]), jnp.nan, jnp.float32)
+        filled.append(unseen.at[first : first + count].set(part[:count]))
+    keys, values = filled
     if shape.window is not None:
         keys = keys.at[start:].set(inputs.keys[begin:end].astype(jnp.float32))
         values = values.at[start:].set(inputs.values[begin:end].astype(jnp.float32))

@@ -26,6 +26,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels import softmax
 from pallas_kernels.decode_tile import DecodeTile
 from pallas_kernels.pages import LANES, NO_SLOT
+from pallas_kernels.scales import NoScales, TileScales, slot_of_word, tile_scales
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,11 +78,14 @@ class Buffers(NamedTuple):
     ``blocks`` has an array [C, M · P, 128] for each place, not one array with an axis more: so the compiler sees that a
     copy into one place does not disturb what is read from another, and lets both go on at once. ``writes`` holds rows
     to write, [sequences, C, row tile, 128]. ``fetched`` has a semaphore a place, ``written`` is one. ``num_writes`` is
-    an i32[1] in SMEM: writes of the last program that nobody has waited for.
+    an i32[1] in SMEM: writes of the last program that nobody has waited for. Of integers, ``words`` has the scales of
+    each place, i32[rows, 128], and ``word_writes`` those of pages to write, [sequences, R, 128]; else there are none.
     """
 
     blocks: Sequence[Any]
+    words: Sequence[Any]
     writes: Any
+    word_writes: Any
     fetched: Any
     written: Any
     num_writes: Any
@@ -97,10 +101,14 @@ class Row(NamedTuple):
 
 
 class Arrays(NamedTuple):
-    """One program's blocks in VMEM: queries, new rows [sequences, C, 128], sinks f32[H, 128] or None, outputs."""
+    """One program's blocks in VMEM: queries, new rows [sequences, C, 128], sinks f32[H, 128] or None, outputs.
+
+    new_words: of integers, the scales of the new rows in every slot of a page, i32[sequences, R, 128]; else None.
+    """
 
     queries: Any
     new_rows: Any
+    new_words: Any
     sinks: Any
     outputs: Any
 
@@ -111,12 +119,16 @@ def decode_kernel(tile: WindowTile, num_rows: int, has_sinks: bool) -> Callable[
     def body(*refs: Any) -> None:
         scalars, rest = Scalars(*refs[:4]), list(refs[4:])
         queries, new_rows = rest.pop(0), rest.pop(0)
+        new_words = rest.pop(0) if tile.scaled else None
         sinks = rest.pop(0) if has_sinks else None
-        _aliased, outputs, pages = rest[:3]
-        scratch = rest[3:]
-        buffers = Buffers(scratch[: tile.sequences], *scratch[tile.sequences :])
-        mover = _Mover(tile, num_rows, scalars, pages, buffers)
-        _program(tile, Arrays(queries, new_rows, sinks, outputs), mover)
+        # The pool comes in and goes out, and is the same.
+        outputs, pool = rest[tile.pool_arrays], rest[tile.pool_arrays + 1 : 2 * tile.pool_arrays + 1]
+        scratch = rest[2 * tile.pool_arrays + 1 :]
+        blocks = [scratch.pop(0) for _ in range(tile.sequences)]
+        words = [scratch.pop(0) for _ in range(tile.sequences)] if tile.scaled else []
+        writes, word_writes = scratch.pop(0), scratch.pop(0) if tile.scaled else None
+        mover = _Mover(tile, num_rows, scalars, pool, Buffers(blocks, words, writes, word_writes, *scratch))
+        _program(tile, Arrays(queries, new_rows, new_words, sinks, outputs), mover)
 
     return body
 
@@ -167,9 +179,11 @@ def _program(tile: WindowTile, arrays: Arrays, mover: _Mover) -> None:
 class _Mover:
     """Everything that crosses between the pool and VMEM."""
 
-    def __init__(self, tile: WindowTile, num_rows: int, scalars: Scalars, pages_ref: Any, buffers: Buffers) -> None:
+    def __init__(
+        self, tile: WindowTile, num_rows: int, scalars: Scalars, pool: Sequence[Any], buffers: Buffers
+    ) -> None:
         self._tile, self._num_rows = tile, num_rows
-        self._scalars, self._pages, self.buffers = scalars, pages_ref, buffers
+        self._scalars, self._pool, self.buffers = scalars, pool, buffers
 
     def row(self, number: Any, place: int) -> Row:
         """A row; one without keys where the number is past the last."""
@@ -188,7 +202,8 @@ class _Mover:
 
             @pl.when(is_live)
             def _start(page: Any = page, position: int = position) -> None:
-                self._copy(row, page, position).start()
+                for copy in self._copies(row, page, position):
+                    copy.start()
 
     def wait_fetched(self, row: Row) -> None:
         """Waits for the row's blocks, and clears what it has none for."""
@@ -197,12 +212,19 @@ class _Mover:
         @pl.when(row.num_blocks == tile.fetched_blocks)
         def _whole() -> None:
             # One wait for the bytes of all copies.
-            here = self.buffers.blocks[row.place]
-            pltpu.make_async_copy(here, here, self.buffers.fetched.at[row.place]).wait()
+            whole = [self.buffers.blocks[row.place]]
+            if tile.scaled:
+                whole.append(self.buffers.words[row.place].at[: tile.fetched_blocks * tile.word_rows])
+            for here in whole:
+                pltpu.make_async_copy(here, here, self.buffers.fetched.at[row.place]).wait()
 
         @pl.when(row.num_blocks < tile.fetched_blocks)
         def _part() -> None:
-            lax.fori_loop(0, row.num_blocks, lambda _i, _c: self._copy(row, 0, 0).wait(), None)
+            def one(_index: Any, _: None) -> None:
+                for copy in self._copies(row, 0, 0):
+                    copy.wait()
+
+            lax.fori_loop(0, row.num_blocks, one, None)
             _clear_unfetched(tile, row, self.buffers.blocks[row.place])
 
     def always(self) -> Any:
@@ -214,13 +236,16 @@ class _Mover:
         column = jnp.minimum(row.number, self._num_rows - 1) * self._tile.fetched_blocks + block
         return self._scalars.tables[column] + self._scalars.layer[0]
 
-    def _copy(self, row: Row, page: Any, position: int) -> Any:
-        rows = pl.ds(position * self._tile.block, self._tile.block)
-        return pltpu.make_async_copy(
-            self._pages.at[page],
-            self.buffers.blocks[row.place].at[:, rows, :],
-            self.buffers.fetched.at[row.place],
-        )
+    def _copies(self, row: Row, page: Any, position: int) -> list[Any]:
+        """Of a block, and of its scales where it has some."""
+        tile, buffers = self._tile, self.buffers
+        targets = [buffers.blocks[row.place].at[:, pl.ds(position * tile.block, tile.block), :]]
+        if tile.scaled:
+            targets.append(buffers.words[row.place].at[pl.ds(position * tile.word_rows, tile.word_rows)])
+        return [
+            pltpu.make_async_copy(there.at[page], here, buffers.fetched.at[row.place])
+            for there, here in zip(self._pool, targets, strict=True)
+        ]
 
     def write(self, row: Row) -> None:
         """Starts the copy of the new token's rows to the pool, where it has a slot."""
@@ -231,24 +256,31 @@ class _Mover:
             block, rows = self._tile.block, self._tile.write_rows
             page = lax.div(slot, block) + self._scalars.layer[0]
             begin = pl.multiple_of(lax.div(lax.rem(slot, block), rows) * rows, rows)
-            target = self._pages.at[page, :, pl.ds(begin, rows), :]
-            pltpu.make_async_copy(self.buffers.writes.at[row.place], target, self.buffers.written).start()
+            targets = [self._pool[0].at[page, :, pl.ds(begin, rows), :], *(words.at[page] for words in self._pool[1:])]
+            for written, target in zip(self._writes(), targets, strict=True):
+                pltpu.make_async_copy(written.at[row.place], target, self.buffers.written).start()
             self.buffers.num_writes[0] += 1
+
+    def _writes(self) -> list[Any]:
+        return [self.buffers.writes, *([self.buffers.word_writes] if self._tile.scaled else [])]
 
     def wait_written(self) -> None:
         """Waits for all writes of the last program."""
-        writes = self.buffers.writes
         count = self.buffers.num_writes[0]
 
         @pl.when(count == self._tile.sequences)
         def _all() -> None:
             # One wait for the bytes of all copies.
-            pltpu.make_async_copy(writes, writes, self.buffers.written).wait()
+            for writes in self._writes():
+                pltpu.make_async_copy(writes, writes, self.buffers.written).wait()
 
         @pl.when(count < self._tile.sequences)
         def _some() -> None:
-            one = pltpu.make_async_copy(writes.at[0], writes.at[0], self.buffers.written)
-            lax.fori_loop(0, count, lambda _i, _c: one.wait(), None)
+            def one(_index: Any, _: None) -> None:
+                for writes in self._writes():
+                    pltpu.make_async_copy(writes.at[0], writes.at[0], self.buffers.written).wait()
+
+            lax.fori_loop(0, count, one, None)
 
         self.buffers.num_writes[0] = 0
 
@@ -270,15 +302,17 @@ def _blocks_of_positions(tile: WindowTile, row: Row) -> list[tuple[Any, Any]]:
 
 
 class _Scored(NamedTuple):
-    """A row between its stages: f32[rows_per_product, tile rows] scores of each product."""
+    """A row between its stages: f32[rows_per_product, tile rows] scores of each product; scales of its keys."""
 
     row: Row
     scores: list[jax.Array]
+    scales: NoScales
 
 
 def _score(tile: WindowTile, row: Row, arrays: Arrays, buffers: Buffers) -> _Scored:
     heads = tile.heads
     planes = _complete_planes(tile, row, arrays.new_rows, buffers)
+    scales = _complete_scales(tile, row, arrays.new_words, buffers) if tile.scaled else NoScales()
     scores = [
         softmax.scores(
             heads.product_queries(lambda a, b: arrays.queries[row.place, a:b, :], product, tile.compute_dtype),
@@ -286,7 +320,7 @@ def _score(tile: WindowTile, row: Row, arrays: Arrays, buffers: Buffers) -> _Sco
         )
         for product in range(heads.num_products)
     ]
-    return _Scored(row, scores)
+    return _Scored(row, [scales.of_scores(product, score) for product, score in enumerate(scores)], scales)
 
 
 def _weigh(tile: WindowTile, scored: _Scored, arrays: Arrays) -> list[softmax.Weights]:
@@ -304,10 +338,11 @@ def _finish(
     """Weighted sums of all heads, then outputs, then the write of the new token."""
     heads, row = tile.heads, scored.row
     blocks_ref, rows = mover.buffers.blocks[row.place], tile.tile_blocks * tile.block
+    live = _live_keys(tile, row)
     weighted = [
         heads.diagonal(
             softmax.weighted_sum(
-                one.weights,
+                scored.scales.of_weights(product, one.weights, live),
                 heads.product_values(lambda plane: blocks_ref[plane, :rows, :], product).astype(tile.compute_dtype),
             )
         )
@@ -381,6 +416,25 @@ def _complete_planes(tile: WindowTile, row: Row, new_ref: Any, buffers: Buffers)
     if end == tile.block:
         return lambda plane: edges[plane]
     return lambda plane: jnp.concatenate([edges[plane], blocks_ref[plane, tile.block : end, :]], axis=0)
+
+
+def _complete_scales(tile: WindowTile, row: Row, new_ref: Any, buffers: Buffers) -> TileScales:
+    """As ``_complete_planes``, for the words of the scales."""
+    words_ref, rows = buffers.words[row.place], tile.word_rows
+    last = lax.rem(jnp.maximum(row.kv_len, 1) - 1, tile.block)
+    slot = slot_of_word(tile.shape.pages)
+    new = new_ref[row.place]
+    newest_block = pl.ds(lax.div(_newest_begin(tile, row), tile.block) * rows, rows)
+    newest = words_ref[newest_block, :]
+    complete = jnp.where(slot == last, new, newest)
+    buffers.word_writes[row.place] = complete
+    if not tile.merged:
+        words_ref[newest_block, :] = complete
+    elif tile.fetched_blocks > 1:
+        words_ref[:rows, :] = jnp.where(slot <= last, complete, words_ref[:rows, :])
+    else:
+        words_ref[:rows, :] = complete
+    return tile_scales(tile.heads, words_ref, tile.tile_blocks)
 
 
 def _merged_edge(tile: WindowTile, plane_ref: Any, new_row: jax.Array, last: Any) -> jax.Array:

@@ -15,8 +15,9 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.decode_inputs import DecodeInputs, check_decode
 from pallas_kernels.heads import HeadLayout
 from pallas_kernels.paged_attention.ops import decode as paged_decode
-from pallas_kernels.pages import LANES, NO_SLOT, AttentionShape, as_pages, token_planes, write_rows
+from pallas_kernels.pages import LANES, NO_SLOT, AttentionShape, token_planes, write_rows
 from pallas_kernels.rows import in_vectors
+from pallas_kernels.scales import Arena, arena_of, buffer_rows, in_every_slot, pool_views
 from pallas_kernels.tiles import page_bytes, vector_memory_limit, window_tiles
 from pallas_kernels.windowed_attention.kernel import WindowTile, decode_kernel
 
@@ -26,7 +27,7 @@ MOST_TABLE_ENTRIES = 2**17
 
 def decode(
     shape: AttentionShape, inputs: DecodeInputs, interpret: bool | pltpu.InterpretParams = False
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, Arena]:
     """Writes each row's K/V to its slot and attends over its window.
 
     A row without a slot sees its own K/V all the same. Tables are in scalar memory, so there may be at most
@@ -53,8 +54,9 @@ def decode(
     inputs = _padded(inputs, -asked % tile.sequences)
     num_rows = inputs.queries.shape[0]
     heads, pages = tile.heads, shape.pages
-    view = as_pages(inputs.arena, pages)
+    pool = pool_views(inputs.arena, pages)
     new_rows = token_planes(inputs.keys, inputs.values, pages)
+    new_words = [] if inputs.words is None else [in_every_slot(inputs.words, pages)]
     sinks = [] if inputs.sinks is None else [heads.pack_sinks(inputs.sinks)]
 
     def by_program(*dims: int) -> pl.BlockSpec:
@@ -64,26 +66,40 @@ def decode(
     in_pool = pl.BlockSpec(memory_space=pl.ANY)
     places, planes = range(tile.sequences), pages.num_planes
     output_shape = jax.ShapeDtypeStruct((num_rows, *heads.output_shape), inputs.queries.dtype)
-    outputs, view = pl.pallas_call(
+    outputs, *pool = pl.pallas_call(
         decode_kernel(tile, num_rows, has_sinks=bool(sinks)),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=4,
             grid=(num_rows // tile.sequences,),
-            in_specs=[by_program(*heads.query_shape), by_program(pages.num_planes, LANES), *whole_sinks, in_pool],
-            out_specs=[by_program(*heads.output_shape), in_pool],
+            in_specs=[
+                by_program(*heads.query_shape),
+                by_program(pages.num_planes, LANES),
+                *(by_program(*words.shape[1:]) for words in new_words),
+                *whole_sinks,
+                *(in_pool for _ in pool),
+            ],
+            out_specs=[by_program(*heads.output_shape), *(in_pool for _ in pool)],
             scratch_shapes=[
-                *(pltpu.VMEM((planes, tile.fetched_blocks * tile.block, LANES), view.dtype) for _ in places),
-                pltpu.VMEM((tile.sequences, planes, tile.write_rows, LANES), view.dtype),
+                *(pltpu.VMEM((planes, tile.fetched_blocks * tile.block, LANES), tile.kv_dtype) for _ in places),
+                *(
+                    pltpu.VMEM((buffer_rows(pages, tile.fetched_blocks), LANES), words.dtype)
+                    for words in new_words
+                    for _ in places
+                ),
+                pltpu.VMEM((tile.sequences, planes, tile.write_rows, LANES), tile.kv_dtype),
+                *(pltpu.VMEM((tile.sequences, *words.shape[1:]), words.dtype) for words in new_words),
                 pltpu.SemaphoreType.DMA((tile.sequences,)),
                 pltpu.SemaphoreType.DMA,
                 pltpu.SMEM((1,), jnp.int32),
             ],
         ),
-        out_shape=[output_shape, jax.ShapeDtypeStruct(view.shape, view.dtype)],
-        input_output_aliases={6 + len(sinks): 1},
+        out_shape=[output_shape, *(jax.ShapeDtypeStruct(view.shape, view.dtype) for view in pool)],
+        input_output_aliases={6 + len(new_words) + len(sinks) + i: 1 + i for i in range(len(pool))},
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("arbitrary",),
-            vmem_limit_bytes=vector_memory_limit(tile.sequences * tile.fetched_blocks * page_bytes(shape, view.dtype)),
+            vmem_limit_bytes=vector_memory_limit(
+                tile.sequences * tile.fetched_blocks * page_bytes(shape, tile.kv_dtype)
+            ),
             disable_bounds_checks=True,
         ),
         interpret=interpret,
@@ -95,10 +111,11 @@ def decode(
         inputs.layer.reshape(1),
         heads.pack_queries(inputs.queries),
         new_rows,
+        *new_words,
         *sinks,
-        view,
+        *pool,
     )
-    return heads.unpack_outputs(outputs)[:asked], view.reshape(inputs.arena.shape)
+    return heads.unpack_outputs(outputs)[:asked], arena_of(pool, inputs.arena)
 
 
 def _padded(inputs: DecodeInputs, count: int) -> DecodeInputs:
@@ -111,11 +128,14 @@ def _padded(inputs: DecodeInputs, count: int) -> DecodeInputs:
 
     rows = inputs.rows
     padded = rows._replace(tables=pad(rows.tables), kv_lens=pad(rows.kv_lens), slots=pad(rows.slots, NO_SLOT))
-    return inputs._replace(queries=pad(inputs.queries), keys=pad(inputs.keys), values=pad(inputs.values), rows=padded)
+    words = None if inputs.words is None else pad(inputs.words)
+    return inputs._replace(
+        queries=pad(inputs.queries), keys=pad(inputs.keys), values=pad(inputs.values), rows=padded, words=words
+    )
 
 
 def _tile(shape: AttentionShape, inputs: DecodeInputs) -> WindowTile | None:
-    dtype = jnp.dtype(inputs.arena.dtype)
+    dtype = jnp.dtype(inputs.keys.dtype)
     tiles = window_tiles(shape, dtype)
     if tiles is None:
         return None

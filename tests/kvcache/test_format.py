@@ -74,3 +74,18 @@ def test_given_sizes_are_taken_and_defaults_follow_them() -> None:
 def test_sizes_that_cannot_work_are_refused(given: dict[str, int], layout: PageLayout, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         choose_block_sizes([tiny_group(None), tiny_group(512)], given, layout, 2, 1)
+
+
+@pytest.mark.parametrize(
+    ("heads", "head_dim", "block", "row_bytes", "page_bytes"),
+    [(1, 64, 128, 132, 128 * 132), (2, 128, 32, 132, 4 * 32 * 132), (1, 256, 32, 132, 4 * 32 * 132)],
+)
+def test_a_page_of_bytes_has_whole_rows_of_scales(
+    heads: int, head_dim: int, block: int, row_bytes: int, page_bytes: int
+) -> None:
+    group = tiny_group(256, num_kv_heads=heads, head_dim=head_dim)
+    assert default_block_sizes([group], PLANES, 1) == {"sliding": block}
+    page = KVFormat(PLANES, block, heads, head_dim, itemsize=1, num_layers=1)
+    assert (page.row_bytes, page.page_bytes) == (row_bytes, page_bytes)
+    with pytest.raises(ConfigError, match=f"a power of two from {block} to 4096"):
+        choose_block_sizes([group], {"sliding": block // 2}, PLANES, 1, 1)

@@ -195,15 +195,16 @@ def test_values_out_of_range_are_named(changes: dict[str, Any], message: str) ->
 
 
 def test_an_arena_too_large_to_address_is_refused() -> None:
+    # A row of one byte, and four of its scale.
     rows_of_a_byte: dict[str, Any] = {
         "groups": (tiny_group(None, num_layers=1024, head_dim=1),),
         "itemsize": 1,
         "block_sizes": {"global": 4096},
     }
     with pytest.raises(ConfigError, match="more than the 2147483646 that can be addressed") as caught:
-        plan(**rows_of_a_byte, budget_bytes=2**31)
+        plan(**rows_of_a_byte, budget_bytes=5 * 2**31)
     most = int(str(caught.value).rsplit(maxsplit=2)[1])
-    assert plan(**rows_of_a_byte, budget_bytes=most).total_bytes == 2**31 - 2 * 1024 * 4096
+    assert plan(**rows_of_a_byte, budget_bytes=most).total_bytes == 5 * (2**31 - 2 * 1024 * 4096)
 
 
 def test_description_adds_up() -> None:

@@ -15,9 +15,11 @@ import numpy as np
 
 from pallas_kernels.decode_inputs import DecodeInputs
 from pallas_kernels.decode_reference import decode_reference
-from pallas_kernels.pages import LANES, NO_SLOT, AttentionShape, token_planes
+from pallas_kernels.pages import NO_SLOT, AttentionShape
 from pallas_kernels.rows import DecodeRows, QueryRows, global_rows, windowed_rows
+from pallas_kernels.scales import Arena
 from tests.pallas_kernels.interpreted import INTERPRET, assert_same_bits, races_found
+from tests.pallas_kernels.pools import NanPool, drawn_tokens
 
 NUM_LAYERS = 2
 LAYER = 1
@@ -48,7 +50,7 @@ class DecodeCase:
         block_order = rng.permutation(num_blocks)
         tables = (block_order[: num_lanes * width].reshape(num_lanes, width) * NUM_LAYERS).astype(np.int32)
         spare = block_order[num_lanes * width :] * NUM_LAYERS
-        pool = np.full((num_blocks * NUM_LAYERS, pages.num_planes, pages.block_size, LANES), np.nan, np.float32)
+        pool = NanPool(pages, self.dtype, num_blocks * NUM_LAYERS)
         slots = np.full(num_rows, NO_SLOT, np.int32)
         for row, position in enumerate(positions):
             if position >= 0:
@@ -61,20 +63,21 @@ class DecodeCase:
             if ring
             else global_rows(jnp.asarray(tables), query_rows)
         )
-        kv_heads, dtype = pages.num_kv_heads, jnp.dtype(self.dtype)
+        keys, values, words = drawn_tokens(rng, num_rows, pages, self.dtype)
         normal = lambda *s: jnp.asarray(rng.standard_normal(s), jnp.float32)  # noqa: E731
         return DecodeInputs(
             normal(num_rows, self.shape.num_heads, pages.key_dim).astype(self.query_dtype),
-            normal(num_rows, kv_heads, pages.key_dim).astype(dtype),
-            normal(num_rows, kv_heads, pages.value_dim).astype(dtype),
-            jnp.asarray(pool).astype(dtype).reshape(1, -1, LANES),
+            keys,
+            values,
+            pool.arena(),
             jnp.asarray(LAYER, jnp.int32),
             rows,
             normal(self.shape.num_heads) if self.sinks else None,
+            words,
         )
 
     def _fill(
-        self, rng: np.random.Generator, pool: np.ndarray, table: np.ndarray, who: tuple[int, int], spare: int
+        self, rng: np.random.Generator, pool: NanPool, table: np.ndarray, who: tuple[int, int], spare: int
     ) -> int:
         """Puts keys where the row has some, and returns its slot."""
         row, position = who
@@ -84,11 +87,9 @@ class DecodeCase:
         writes = row not in self.without_slot
         # A global row without a slot reads what the pool has at its own position.
         end = position + (self.shape.window is None and not writes)
-        for p in range(first, end):
-            page = table[p // block % width] + LAYER
-            keys = rng.standard_normal((1, pages.num_kv_heads, pages.key_dim)).astype(np.float32)
-            values = rng.standard_normal((1, pages.num_kv_heads, pages.value_dim)).astype(np.float32)
-            pool[page, :, p % block] = np.asarray(token_planes(jnp.asarray(keys), jnp.asarray(values), pages))[0]
+        tokens = drawn_tokens(rng, end - first, pages, self.dtype)
+        for index, p in enumerate(range(first, end)):
+            pool.put(int(table[p // block % width]) + LAYER, p % block, tokens, index)
         if not writes:
             return NO_SLOT
         column = position // block % width
@@ -98,7 +99,7 @@ class DecodeCase:
         return int(table[column] * block + position % block)
 
 
-Decode = Callable[[AttentionShape, DecodeInputs, Any], tuple[jax.Array, jax.Array]]
+Decode = Callable[[AttentionShape, DecodeInputs, Any], tuple[jax.Array, Arena]]
 
 
 def check_decode_case(case: DecodeCase, decode: Decode) -> None:
@@ -108,7 +109,7 @@ def check_decode_case(case: DecodeCase, decode: Decode) -> None:
     outputs, pool = jax.jit(lambda given: decode(case.shape, given, INTERPRET))(inputs)
     assert not races_found()
     assert outputs.dtype == inputs.queries.dtype
-    assert_same_bits(pool, expected_pool)
+    jax.tree.map(assert_same_bits, pool, expected_pool)
     tolerance = 2e-6 if case.dtype == case.query_dtype == "float32" else 2e-2
     np.testing.assert_allclose(np.asarray(outputs, np.float32), np.asarray(expected), rtol=tolerance, atol=tolerance)
     for row, position in enumerate(case.positions):

@@ -43,6 +43,17 @@ def test_head_shapes_in_bfloat16_with_sinks(heads: tuple[int, int], dims: tuple[
     check_decode_case(case, decode)
 
 
+@pytest.mark.parametrize(
+    ("heads", "dim", "block", "window"),
+    [((4, 2), 128, 32, 64), ((4, 2), 128, 64, 50), ((16, 4), 64, 32, 129), ((2, 1), 64, 128, 128)],
+    ids=str,
+)
+def test_integers_with_scales(heads: tuple[int, int], dim: int, block: int, window: int) -> None:
+    shape = AttentionShape(PageGeometry(block, heads[1], dim, dim), heads[0], window, dim**-0.5)
+    positions = (0, -1, window - 1, window, 5 * window + 7, 3 * block)
+    check_decode_case(DecodeCase(shape, positions, "int8", without_slot=(4,), sinks=dim == 64), decode)
+
+
 def test_soft_cap() -> None:
     check_decode_case(DecodeCase(shape_of((4, 2), (128, 128), 32, soft_cap=0.7), (3, 40)), decode)
 

@@ -32,7 +32,6 @@ def _decode_inputs(case: Case, struct: Callable[..., Any]) -> Any:
     import jax
 
     from pallas_kernels.decode_inputs import DecodeInputs
-    from pallas_kernels.pages import LANES
     from pallas_kernels.rows import QueryRows, global_rows, windowed_rows
 
     geometry, shape = case.geometry, attention_shape(case)
@@ -43,11 +42,28 @@ def _decode_inputs(case: Case, struct: Callable[..., Any]) -> Any:
     query_rows = QueryRows(**{n: struct((batch,), "bool" if n == "live" else "int32") for n in QueryRows._fields})
     rows = jax.eval_shape(make, struct((batch, columns), "int32"), query_rows)
     rows = jax.tree.map(lambda x: struct(x.shape, x.dtype), rows)
-    new = struct((batch, geometry.kv_heads, dim), geometry.dtype)
-    arena = struct((1, shape.pages.rows * POOL_PAGES, LANES), geometry.dtype)
+    new, words = new_tokens(case, struct, batch)
     sinks = struct((geometry.q_heads,), "float32") if geometry.sinks else None
     queries = struct((batch, geometry.q_heads, dim), _query_dtype(geometry))
-    return DecodeInputs(queries, new, new, arena, struct((), "int32"), rows, sinks)
+    return DecodeInputs(queries, new, new, arena_of_case(case, struct), struct((), "int32"), rows, sinks, words)
+
+
+def new_tokens(case: Case, struct: Callable[..., Any], count: int) -> tuple[Any, Any]:
+    """Keys (or values) of new tokens in the dtype of the pool, and of int8 the words of their scales, else None."""
+    geometry, pages = case.geometry, attention_shape(case).pages
+    new = struct((count, geometry.kv_heads, geometry.head_dim), geometry.dtype)
+    return new, struct((count, pages.num_planes), "int32") if geometry.dtype == "int8" else None
+
+
+def arena_of_case(case: Case, struct: Callable[..., Any]) -> Any:
+    """A pool of ``POOL_PAGES`` pages."""
+    from pallas_kernels.pages import LANES
+    from pallas_kernels.scales import ScaledArena
+
+    rows = attention_shape(case).pages.rows * POOL_PAGES
+    values = struct((1, rows, LANES), case.geometry.dtype)
+    is_scaled = case.geometry.dtype == "int8"
+    return ScaledArena(values, struct((1, rows // LANES, LANES), "int32")) if is_scaled else values
 
 
 def _with_arena_apart(function: Callable[..., Any], inputs: Any) -> tuple[Any, ...]:
@@ -155,8 +171,12 @@ def _decode_work(case: Case, counts: Counts, fetched: tuple[float, float], hot: 
     io = 2 * geometry.query_bytes
     new = page_token_bytes(case)
     # As pages.write_rows has it, which asks the mesh of a trace.
-    by_dtype = case.topology.startswith("tpu7x")
+    by_dtype = case.topology.startswith("tpu7x") or geometry.itemsize == 1
     written = (row_tile(jnp.dtype(geometry.dtype)) if by_dtype else SMALLEST_WRITE_ROWS) * new
+    if geometry.dtype == "int8":
+        # The words of a page go back whole, and come in repeated for every slot.
+        pages = attention_shape(case).pages
+        written += 4 * pages.num_planes * (2 * pages.block_size - row_tile(jnp.dtype(geometry.dtype)))
     floor = case.batch * (seen * geometry.token_bytes + io + 2 * geometry.token_bytes)
     return Work(counts, case.batch * (fetched[0] + io + new + written), floor, fetched[1], (hot,))
 
