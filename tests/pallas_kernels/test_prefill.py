@@ -54,6 +54,11 @@ def test_a_tile_whose_oldest_key_only_the_last_query_no_longer_sees() -> None:
     check_prefill_case(case)
 
 
+def test_a_tile_whose_newest_key_only_the_first_query_does_not_see() -> None:
+    shape = shape_of((2, 1), (128, 128), None)
+    check_prefill_case(PrefillCase(shape, ((126, 20, 0),), 32, tile=(("keys", 128), ("plain_tiles", 1))))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("heads", "dims"),
