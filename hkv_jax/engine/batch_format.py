@@ -80,16 +80,22 @@ _NUM_HEAD_FIELDS = StepFields._fields.index("slots")
 class BatchFormat:
     """Where each field of a bucket lies in the two packed buffers.
 
-    ``block_sizes`` are those of the groups, in tokens: a step needs at most ``T // P + 2 * S`` table updates of a
-    group, since the blocks of a cached prefix come as whole rows (``StepPlan.table_rows``).
+    ``block_sizes`` are those of the groups, in tokens. The blocks of a cached prefix come as whole rows
+    (``StepPlan.table_rows``); table updates are the rest.
     """
 
     bucket: Bucket
     block_sizes: tuple[int, ...]
 
     def max_table_updates(self, group: int) -> int:
-        """U of a group: new blocks of all chunks, plus one a row (a block begun, a copy after a fork)."""
-        return self.bucket.num_tokens // self.block_sizes[group] + 2 * self.bucket.num_rows
+        """U of a group.
+
+        New blocks of all chunks; and for each row a block begun (or the copy after a fork), and the blocks that it has
+        filled since it was last recorded, in whose place it may take equal ones of others. Rows of sequences that sit
+        the step out may do the latter, too: then a bucket with more rows is needed (``Buckets.choose``).
+        """
+        size = self.block_sizes[group]
+        return self.bucket.num_tokens // size + (1 + max(self.block_sizes) // size) * self.bucket.num_rows
 
     def int_shapes(self) -> tuple[tuple[int, ...], ...]:
         """Shapes of the i32 fields in buffer order, those of groups one after the other."""

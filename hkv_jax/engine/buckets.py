@@ -40,8 +40,8 @@ class Buckets:
         """Every format, decode buckets first, each kind from small to large."""
         return self.decode + self.prefill
 
-    def choose(self, plan: StepPlan) -> BatchFormat:
-        """The smallest bucket that holds the plan (S3).
+    def choose(self, plan: StepPlan, num_table_updates: Sequence[int] = ()) -> BatchFormat:
+        """The smallest bucket that holds the plan (S3) and the table updates of each group.
 
         A plan of single-token rows runs in a decode bucket, also where a row is the last token of a prompt; only prompt
         logprobs need the prefill program for it.
@@ -52,9 +52,11 @@ class Buckets:
         prefill = any(chunk.num_tokens > 1 or chunk.wants_prompt_logprobs for chunk in plan.chunks)
         num_tokens = plan.num_tokens
         for candidate in self.prefill if prefill else self.decode:
-            if candidate.bucket.num_tokens >= num_tokens and candidate.bucket.num_rows >= plan.num_rows:
+            holds = candidate.bucket.num_tokens >= num_tokens and candidate.bucket.num_rows >= plan.num_rows
+            if holds and all(n <= candidate.max_table_updates(group) for group, n in enumerate(num_table_updates)):
                 return candidate
-        raise AssertionError(f"S3: no bucket holds {plan.num_rows} rows of {num_tokens} tokens")
+        updates = f" and {tuple(num_table_updates)} table updates" if num_table_updates else ""
+        raise AssertionError(f"S3: no bucket holds {plan.num_rows} rows of {num_tokens} tokens{updates}")
 
 
 def _powers_of_two(first: int, limit: int) -> list[int]:

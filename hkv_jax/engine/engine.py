@@ -134,7 +134,8 @@ class Engine:
         plan = self.scheduler.schedule()
         previous, self._in_flight = self._in_flight, None
         if plan is not None:
-            batch = build(plan, self.cache, self.scheduler.lanes, self.buckets.choose(plan))
+            bucket = self.buckets.choose(plan, self.cache.num_table_updates())
+            batch = build(plan, self.cache, self.scheduler.lanes, bucket)
             try:
                 self._in_flight = _InFlight(plan, self._runner.dispatch(plan, batch))
             except Exception as error:

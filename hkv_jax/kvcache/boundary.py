@@ -21,9 +21,11 @@ class Boundary:
 
     def __init__(self, layout: KVLayout, groups: list[GroupCache], evict: Callable[[], bool]) -> None:
         self.num_slabs_moved = 0
-        # Since the last gathering: groups that had to evict, and blocks that a group needed and did not get.
+        # Since the last gathering: groups that had to evict, those that got nothing for it, and what was needed of all
+        # groups when that was so.
         self._evicted_for: set[int] = set()
-        self._missed: dict[int, int] = {}
+        self._missed: set[int] = set()
+        self._wanted = [0] * len(groups)
         self._layout, self._groups, self._evict = layout, groups, evict
         self._arenas = [group.arena for group in layout.groups]
         self._maps = [_slab_map(layout, arena) for arena in range(len(layout.arenas))]
@@ -37,7 +39,8 @@ class Boundary:
                     continue
                 self._evicted_for.add(group)
                 if not self._evict():
-                    self._missed[group] = count
+                    self._missed.add(group)
+                    self._wanted = [max(wanted, need) for wanted, need in zip(self._wanted, needs, strict=True)]
                     return False
         return True
 
@@ -47,7 +50,8 @@ class Boundary:
         Returns (group, old id, new id) of every block that moved; the pools have renamed them, nobody else has.
         """
         evicted_for, self._evicted_for = self._evicted_for, set()
-        missed, self._missed = self._missed, {}
+        missed, self._missed = self._missed, set()
+        wanted, self._wanted = self._wanted, [0] * len(self._groups)
         if self._layout.partition != "moving":
             return []
         moves = []
@@ -56,9 +60,10 @@ class Boundary:
             # Who only had to evict gets a slab or two for the next time; who got nothing gets what it needed.
             for _ in range(MAX_GATHERED_SLABS if group not in missed else self._maps[self._arenas[group]].num_slabs):
                 pool = self._groups[group].pool
-                if pool.num_free >= missed[group] if group in missed else pool.num_idle_slabs:
+                if pool.num_free >= wanted[group] if group in missed else pool.num_idle_slabs:
                     break
-                giver = self._fragmented(group, lacking, group in missed)
+                others = [other for other in range(len(self._groups)) if other not in lacking]
+                giver = self._fragmented(group, others, wanted if group in missed else None)
                 if giver is None:
                     break
                 emptiest = self._groups[giver].pool.emptiest_slab()
@@ -67,13 +72,17 @@ class Boundary:
                 self._hand_over(emptiest[0], giver, group)
         return moves
 
-    def _fragmented(self, group: int, lacking: set[int], is_urgent: bool) -> int | None:
-        """A group whose free blocks would fill a slab, and more where nobody waits for it."""
+    def _fragmented(self, group: int, others: list[int], wanted: Sequence[int] | None) -> int | None:
+        """One of ``others`` whose free blocks would fill a slab, and more where nobody waits for it.
+
+        Where somebody does, he needs ``wanted`` blocks of each group: one that gave these away would be short next.
+        """
         arena = self._arenas[group]
-        for other, cache in enumerate(self._groups):
-            if other in lacking or self._arenas[other] != arena or not self._maps[arena].can_take(other):
+        for other in others:
+            if self._arenas[other] != arena or not self._maps[arena].can_take(other):
                 continue
-            if self._has_spare(other) or (is_urgent and cache.pool.num_free >= cache.pool.blocks_per_slab):
+            pool = self._groups[other].pool
+            if self._has_spare(other) if wanted is None else pool.num_free - wanted[other] >= pool.blocks_per_slab:
                 return other
         return None
 

@@ -85,13 +85,15 @@ class GroupCache:
     def rename(self, lanes: Iterable[int], moved: Mapping[int, int]) -> list[int]:
         """Blocks have new ids, by their old ones; returns those of ``lanes`` whose tables changed.
 
-        The device is not told entry by entry: it takes whole rows before its next step.
+        The device is not told entry by entry: it takes whole rows before its next step, and entries that it had yet to
+        be told of are in them.
         """
         changed = []
         for lane in lanes:
             ids = self.tables[lane].ids
             if not moved.keys().isdisjoint(ids):
                 self.tables[lane].ids = [moved.get(block, block) for block in ids]
+                self._forget_updates(lane)
                 self._refresh_page(lane)
                 changed.append(lane)
         return changed
@@ -119,8 +121,7 @@ class GroupCache:
         """Returns every block of the lane and forgets what the device was to learn about it."""
         self.pool.release(self.tables[lane].held())
         self.tables[lane] = BlockTable(self.block_size, self.layout.spec.window)
-        low, high = lane * self.width, (lane + 1) * self.width
-        self._updates = {key: page for key, page in self._updates.items() if not low <= key < high}
+        self._forget_updates(lane)
         self._refresh_page(lane)
 
     def check_fork(self, source: int, num_tokens: int) -> None:
@@ -180,6 +181,11 @@ class GroupCache:
         slots = pages * self.block_size + positions % self.block_size
         return np.where(pages == HOLE, NO_SLOT, slots).astype(np.int32, copy=False)
 
+    @property
+    def num_updates(self) -> int:
+        """Entries that ``take_updates`` would return."""
+        return len(self._updates)
+
     def take_updates(self) -> NDArray[np.int32]:
         """The changed table entries since the last call, i32[n, 3]: lane, column, page."""
         count = len(self._updates)
@@ -203,7 +209,7 @@ class GroupCache:
     def check_invariants(self, open_lanes: list[int]) -> None:
         """Asserts P1-P3, T1, T3, M2 and M3 for this group."""
         self.pool.check_invariants([block for table in self.tables for block in table.held()])
-        holders: dict[int, int] = {}
+        shared: dict[int, tuple[int, bool]] = {}  # its number, and whether a holder is known to have filled it
         for lane, table in enumerate(self.tables):
             table.check_invariants()
             assert lane in open_lanes or not table.ids, f"M2: closed lane {lane} holds blocks"
@@ -214,14 +220,19 @@ class GroupCache:
             for index, block in enumerate(table.ids):
                 if block != HOLE and self.pool.references(block) > 1:
                     number = table.first_block + index
-                    assert holders.setdefault(block, number) == number, "T3: one block, two block numbers"
-                    full = (number + 1) * self.block_size <= max(table.end, table.cached_end)
-                    assert full, "T3: a shared block is not full"
+                    known, full = shared.get(block, (number, False))
+                    assert known == number, "T3: one block, two block numbers"
+                    shared[block] = number, full or (number + 1) * self.block_size <= max(table.end, table.cached_end)
+        assert all(full for _, full in shared.values()), "T3: a shared block is not full"
 
     def _take(self, count: int) -> list[int]:
         blocks = self.pool.allocate(count) if count else []
         assert blocks is not None, f"M1: {count} blocks of {self.layout.spec.name} were promised"
         return blocks
+
+    def _forget_updates(self, lane: int) -> None:
+        low, high = lane * self.width, (lane + 1) * self.width
+        self._updates = {key: page for key, page in self._updates.items() if not low <= key < high}
 
     def _refresh_page(self, lane: int) -> None:
         table = self.tables[lane]

@@ -143,7 +143,8 @@ class JoinPoints:
             return Stake(saved, num_bytes + freed * self._node_bytes)
         lower, sole = self._span(node)
         span = node.end - lower.end
-        if rebuild is not None and span > rebuild:
+        # A window of one token has a tail without blocks: losing that frees nothing.
+        if rebuild is not None and span > rebuild and any(join.blocks):
             return Stake(rebuild, num_bytes)
         return Stake(span, num_bytes + sole * self._node_bytes)
 

@@ -242,6 +242,10 @@ class CacheManager:
         """Token slots i32[n] of layer 0 for one token a lane; after ``extend`` wherever the watermark asked for it."""
         return self._groups[group].decode_slots(lanes, positions)
 
+    def num_table_updates(self) -> tuple[int, ...]:
+        """Entries that ``take_table_updates`` would return for each group."""
+        return tuple(group.num_updates for group in self._groups)
+
     def take_table_updates(self, group: int) -> NDArray[np.int32]:
         """Entries of the device's tables that changed since the last call: i32[n, 3] of (lane, column, page).
 

@@ -43,7 +43,8 @@ class HandDriven:
         """The next plan, built but not run, or ``None``."""
         plan = self.scheduler.schedule()
         if plan is not None:
-            build(plan, self.cache, self.scheduler.lanes, self.engine.buckets.choose(plan))
+            bucket = self.engine.buckets.choose(plan, self.cache.num_table_updates())
+            build(plan, self.cache, self.scheduler.lanes, bucket)
         self.scheduler.check_invariants()
         return plan
 

@@ -12,6 +12,7 @@ from hkv_jax.engine.request import Request, Sequence, SequenceState
 from hkv_jax.engine.token_event import TokenEvent
 from hkv_jax.outputs import FinishReason, PrefixHit
 from hkv_jax.sampling_params import SamplingParams
+from hkv_jax.spec import KVGroupSpec, LayerKind
 from hkv_jax.testing.fake_engine import FakeEngineConfig, fake_engine, global_group, run_to_end, sliding_group
 
 VOCAB = 23
@@ -146,3 +147,77 @@ def test_everyone_gets_the_tokens_they_get_alone(name: str, request: pytest.Fixt
             assert all(same(*pair) for pair in zip(crowded, alone, strict=False)), f"{key} differs"
             reasons.add(alone[-1].finish_reason)
     assert reasons == {FinishReason.STOP, FinishReason.LENGTH}
+
+
+def layers(window: int | None, num_layers: int, kv_heads: int, head_dim: int = 8, name: str = "") -> KVGroupSpec:
+    kind = LayerKind.GLOBAL if window is None else LayerKind.SLIDING
+    name = name or ("global" if window is None else "sliding")
+    return KVGroupSpec(name, kind, window, kv_heads, head_dim, tuple(range(num_layers)))
+
+
+SAMPLES_IN_STEP = {
+    # All lanes sit out in the step after they took each other's blocks: the entries wait while the blocks are moved.
+    "blocks move before the device knows them": (
+        FakeEngineConfig(
+            groups=(layers(None, 2, 1), layers(33, 2, 3, head_dim=16)),
+            block_size=(("global", 16), ("sliding", 4)),
+            kv_cache_memory=51609,
+            max_model_len=115,
+            max_num_seqs=6,
+            max_num_batched_tokens=31,
+            max_prefill_chunk=1,
+            vocab_size=1,
+        ),
+        Request.create("samples", [0] * 8, SamplingParams(n=8, max_tokens=20)),
+    ),
+    # Lanes that sit out have entries, too: more than a bucket of those that do not would hold.
+    "few run, all have table updates": (
+        FakeEngineConfig(
+            groups=(layers(None, 4, 2), layers(7, 2, 3)),
+            block_size=(("global", 2), ("sliding", 1)),
+            kv_cache_memory=33792,
+            max_model_len=46,
+            max_num_seqs=8,
+            max_num_batched_tokens=31,
+            max_prefill_chunk=16,
+            vocab_size=1,
+        ),
+        Request.create("samples", [0] * 36, SamplingParams(n=7, max_tokens=10)),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SAMPLES_IN_STEP)
+def test_samples_that_draw_the_same_share_what_they_fill(name: str) -> None:
+    config, request = SAMPLES_IN_STEP[name]
+    engine = fake_engine(config)
+    engine.add(request)
+    while engine.has_work:
+        engine.step()
+        engine.scheduler.check_invariants()
+
+
+def test_a_group_that_needs_its_free_blocks_gives_no_slab_away() -> None:
+    """Three groups, of which two would pass one slab to and fro while the third has room to spare."""
+    config = FakeEngineConfig(
+        groups=(layers(None, 1, 1, name="global_a"), layers(None, 1, 3, name="global_b"), layers(10, 1, 2)),
+        block_size=(("global", 4), ("sliding", 1)),
+        kv_cache_memory=19456,
+        max_model_len=64,
+        max_num_seqs=1,
+        max_num_batched_tokens=8,
+        max_prefill_chunk=3,
+    )
+    engine = fake_engine(config)
+    for token in (0, 1):
+        engine.add(Request.create(str(token), [token] * 20, SamplingParams(max_tokens=43, seed=1)))
+    assert {len(events) for events in run_to_end(engine).values()} == {43}
+
+
+def test_with_a_window_of_one_token_the_cache_makes_room() -> None:
+    """Tails are empty: evicting one frees nothing, the global blocks before it must go."""
+    config = dataclasses.replace(ROOMY, groups=(global_group(2), sliding_group(1)), kv_cache_memory=24 * 1024)
+    engine = fake_engine(config)
+    for number in range(20):
+        engine.add(Request.create(str(number), [number] * 60, SamplingParams(max_tokens=20, seed=1)))
+    assert {len(events) for events in run_to_end(engine).values()} == {20}
