@@ -28,7 +28,7 @@ from hkv_jax.config import EngineConfig, engine_options  # noqa: E402
 from hkv_jax.errors import ConfigError  # noqa: E402
 from tools.cache_simulation.measurements import Measurements  # noqa: E402
 from tools.cache_simulation.model_geometry import read_geometry  # noqa: E402
-from tools.cache_simulation.plot import Recorder  # noqa: E402
+from tools.cache_simulation.plot import Recorder, check_target  # noqa: E402
 from tools.cache_simulation.policies import POLICIES  # noqa: E402
 from tools.cache_simulation.replay import Replay, StuckError  # noqa: E402
 from tools.cache_simulation.report import table  # noqa: E402
@@ -141,16 +141,29 @@ def main() -> None:
     """Replays and prints."""
     parser = make_parser()
     args = parser.parse_args()
+    failed, results = "", []
     try:
+        if args.plot is not None:
+            check_target(args.plot)
         simulation = simulation_of(args)
-        results = [(name, _run(simulation.with_policy(name), args)) for name in args.policy]
-    except (ConfigError, TraceError, StuckError) as error:
+    except (ConfigError, TraceError) as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
+    for name in args.policy:
+        try:
+            measured = _run(simulation.with_policy(name), args)
+            results.append((name, measured))
+            if refused := measured.requests - measured.finished:
+                text = f"{name}: {refused} of {measured.requests} requests were refused: longer than max_model_len"
+                print(text, file=sys.stderr)
+        except (ConfigError, StuckError) as error:
+            failed += f"{parser.prog}: {name}: {error}\n"
     if args.json:
         for _, measured in results:
             print(json.dumps(measured.to_json()))
-    else:
+    elif results:
         print(table(results))
+    if failed:
+        parser.exit(2, failed)
 
 
 if __name__ == "__main__":

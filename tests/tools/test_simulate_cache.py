@@ -82,8 +82,13 @@ def test_a_picture_of_the_run(trace: Path, tmp_path: Path, monkeypatch: pytest.M
     [
         (["--kv-cache-memory", "lots"], "kv_cache_memory is 'lots'; accepted: bytes, as 2GiB"),
         (["--kv-cache-memory", "1MiB"], "do not hold one sequence of max_model_len 8192"),
-        (["--step-ms", "0"], "step_ms and copy_gbps must be above 0"),
+        (["--step-ms", "0"], "step_ms: 0; accepted: a number above 0"),
+        (["--copy-gbps", "inf"], "copy_gbps: inf; accepted: a number above 0"),
+        (["--prefill-us", "nan"], "prefill_us: nan; accepted: a number at least 0"),
         (["--set-static-share", "0.5"], "needs --kv-partition static"),
+        (["--set-static-share", "nan", "--kv-partition", "static"], "set_static_share: nan; accepted: a number betw"),
+        (["--plot", "nowhere/run.png"], "plot: nowhere/run.png cannot be written: nowhere is no folder"),
+        (["--plot", "run.xyz"], "plot: run.xyz must end in one of ."),
         (["--model-config", "nowhere.json"], "nowhere.json: cannot be read"),
         (["--trace", "nowhere.jsonl"], "nowhere.jsonl: cannot be read"),
     ],
@@ -102,6 +107,27 @@ def test_refusals_are_one_line(
     assert message in shown.err
     assert len(shown.err.splitlines()) == 1
     assert not shown.out
+
+
+def test_what_a_policy_did_is_told_though_another_does_not_fit(
+    trace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = ("--kv-cache-memory", "320MiB", "--policy", "all-global", "hybrid", "--json")
+    with pytest.raises(SystemExit) as caught:
+        run(monkeypatch, flags(trace, *small))
+    assert caught.value.code == 2
+    shown = capsys.readouterr()
+    assert json.loads(shown.out)["finished"] == 4
+    assert "all-global: " in shown.err
+
+
+def test_requests_that_are_too_long_are_told(
+    trace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(monkeypatch, flags(trace, "--max-model-len", "2048", "--json"))
+    shown = capsys.readouterr()
+    assert json.loads(shown.out)["finished"] == 0
+    assert "hybrid: 4 of 4 requests were refused" in shown.err
 
 
 def test_memory_has_to_be_given(

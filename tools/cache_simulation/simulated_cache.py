@@ -21,7 +21,7 @@ from tools.cache_simulation.token_ids import VOCAB_SIZE
 PLATFORM = "tpu"
 """Whose limits of a step hold where none are given: pages are the TPU kernels' unless told otherwise."""
 
-_ITEMSIZES = {"auto": 2, "bfloat16": 2, "float32": 4}
+_ITEMSIZES = {"auto": 2, "bfloat16": 2, "float32": 4, "int8": 1}
 
 
 def simulated_layout(config: EngineConfig, geometry: ModelGeometry, static_share: float | None = None) -> KVLayout:
@@ -35,6 +35,8 @@ def simulated_layout(config: EngineConfig, geometry: ModelGeometry, static_share
     if config.kv_cache_memory is None:
         raise ConfigError("kv_cache_memory is not set; a simulation has no device that could tell how much there is")
     groups, limits = geometry.groups(), resolve_limits(config, PLATFORM)
+    # Integers have scales by planes on every backend.
+    in_rows = config.attention_backend == "xla" and config.kv_cache_dtype != "int8"
     layout = plan_layout(
         LayoutRequest(
             groups=groups,
@@ -44,7 +46,7 @@ def simulated_layout(config: EngineConfig, geometry: ModelGeometry, static_share
             expected_average_seq_length=config.expected_average_seq_length,
             block_sizes=_block_sizes(config, groups),
             partition=config.kv_partition,
-            page_layout=PageLayout.ROWS if config.attention_backend == "xla" else PageLayout.PLANES,
+            page_layout=PageLayout.ROWS if in_rows else PageLayout.PLANES,
             itemsize=_ITEMSIZES[config.kv_cache_dtype],
             tensor_parallel=config.tensor_parallel_size,
             max_chunk=limits.max_prefill_chunk,
@@ -86,6 +88,8 @@ def _split_at(layout: KVLayout, share: float, budget: int) -> KVLayout:
         raise ConfigError(
             "set_static_share: needs --kv-partition static and a model with one global and one sliding group"
         )
+    if not 0 < share < 1:
+        raise ConfigError(f"set_static_share: {share:g}; accepted: a number between 0 and 1")
     groups, arenas = [], list(layout.arenas)
     for group, part in zip(layout.groups, (share, 1 - share), strict=True):
         slab_bytes = arenas[group.arena].slab_bytes

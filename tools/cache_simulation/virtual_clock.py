@@ -6,6 +6,7 @@ Owns: the clock and its rates. Must never: look at the real time.
 from __future__ import annotations
 
 import dataclasses
+import math
 
 from hkv_jax.errors import ConfigError
 
@@ -15,7 +16,7 @@ class StepCost:
     """How long a step takes: ``step_ms``, ``prefill_us`` a token that is not a decode token, ``copy_gbps`` GB/s.
 
     Raises:
-        ConfigError: a rate is not above 0.
+        ConfigError: a rate is not above 0, or not finite.
     """
 
     step_ms: float = 25.0
@@ -23,8 +24,11 @@ class StepCost:
     copy_gbps: float = 500.0
 
     def __post_init__(self) -> None:
-        if min(self.step_ms, self.copy_gbps) <= 0 or self.prefill_us < 0:
-            raise ConfigError("step_ms and copy_gbps must be above 0, prefill_us at least 0")
+        for name, value in dataclasses.asdict(self).items():
+            # Not a number compares as false.
+            if not (0 < value < math.inf or (name == "prefill_us" and value == 0)):
+                least = "at least" if name == "prefill_us" else "above"
+                raise ConfigError(f"{name}: {value:g}; accepted: a number {least} 0")
 
     def seconds(self, prefill_tokens: int, copied_bytes: int) -> float:
         """The duration of a step with so many prefill tokens and bytes of K/V moved."""
