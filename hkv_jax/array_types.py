@@ -32,9 +32,6 @@ Queries = jax.Array
 KeysValues = jax.Array
 """[T, K, D], KV dtype, RoPE applied to keys."""
 
-ArenaArray = jax.Array
-"""[chips, rows, row_elements]: one arena; uint16 stands for bfloat16 on CPU. Inside shard_map chips is 1."""
-
 BlockTables = jax.Array
 """i32[Z, M]: page of layer 0 of block b at column b % M."""
 

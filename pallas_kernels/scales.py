@@ -44,12 +44,12 @@ Arena = jax.Array | ScaledArena
 """A pool on one chip; of int8 it has scales."""
 
 
-class Quantised(NamedTuple):
-    """Keys and values int8[T, K, D] of a step, and their words i32[T, C] as they lie in a page."""
+class NewKV(NamedTuple):
+    """Keys and values [T, K, D] of a step in the dtype of the pool, and of int8 their words i32[T, C], else None."""
 
     keys: jax.Array
     values: jax.Array
-    words: jax.Array
+    words: jax.Array | None = None
 
 
 def is_scaled(kv_dtype: jnp.dtype) -> bool:
@@ -107,7 +107,7 @@ def check_dtype(name: str, new: jax.Array, arena: Arena, words: jax.Array | None
 # ---------------------------------------------------------------------- new tokens
 
 
-def quantise(keys: jax.Array, values: jax.Array, pages: PageGeometry) -> Quantised:
+def quantise(keys: jax.Array, values: jax.Array, pages: PageGeometry) -> NewKV:
     """Rounds keys [T, K, Dk] and values [T, K, Dv] to integers, symmetric for each token and head.
 
     The largest magnitude becomes 127; a row of zeros has scale 0. An element is off by at most half a scale, that is
@@ -115,7 +115,7 @@ def quantise(keys: jax.Array, values: jax.Array, pages: PageGeometry) -> Quantis
     """
     parts = [_quantised(part.astype(jnp.float32), pages.shares_plane) for part in (keys, values)]
     (key_ints, key_scales), (value_ints, value_scales) = parts
-    return Quantised(key_ints, value_ints, _words(key_scales, value_scales, pages))
+    return NewKV(key_ints, value_ints, _words(key_scales, value_scales, pages))
 
 
 def _quantised(part: jax.Array, short: bool) -> tuple[jax.Array, jax.Array]:
@@ -145,14 +145,16 @@ def head_scales(words: jax.Array, pages: PageGeometry) -> tuple[jax.Array, jax.A
     """Scales of keys and of values, f32[..., K], from words [..., C]."""
     by_head = words.reshape(*words.shape[:-1], pages.num_kv_heads, pages.planes_per_head)
     value_plane = 0 if pages.shares_plane else pages.key_planes
-    return _key_scale(by_head[..., 0], pages), _value_scale(by_head[..., value_plane], pages)
+    return key_scale(by_head[..., 0], pages), value_scale(by_head[..., value_plane], pages)
 
 
-def _key_scale(words: jax.Array, pages: PageGeometry) -> jax.Array:
+def key_scale(words: jax.Array, pages: PageGeometry) -> jax.Array:
+    """The scale in a word of a head's first plane."""
     return _as_float(lax.shift_left(words, BFLOAT16_BITS) if pages.shares_plane else words)
 
 
-def _value_scale(words: jax.Array, pages: PageGeometry) -> jax.Array:
+def value_scale(words: jax.Array, pages: PageGeometry) -> jax.Array:
+    """The scale in a word of the plane where a head's value begins."""
     return _as_float(words & ~((1 << BFLOAT16_BITS) - 1) if pages.shares_plane else words)
 
 
@@ -174,6 +176,21 @@ def slot_of_word(pages: PageGeometry) -> jax.Array:
     shape = (word_rows(pages), LANES)
     lanes = lax.broadcasted_iota(jnp.int32, shape, 0) * LANES + lax.broadcasted_iota(jnp.int32, shape, 1)
     return lanes & (pages.block_size - 1)
+
+
+def in_word_rows(planes: Sequence[jax.Array], pages: PageGeometry) -> jax.Array:
+    """Words i32[1, at least P] of each plane's slots as they lie in a page, [R, 128]."""
+    block = pages.block_size
+    if block >= LANES:
+        parts = [plane[:, begin : begin + LANES] for plane in planes for begin in range(0, block, LANES)]
+        return jnp.concatenate(parts, axis=0)
+    together = LANES // block
+    rows = [jnp.concatenate([one[:, :LANES] for one in planes[k::together]], axis=0) for k in range(together)]
+    stretch = lax.broadcasted_iota(jnp.int32, rows[0].shape, 1) // block
+    page = rows[0]
+    for k in range(1, together):
+        page = jnp.where(stretch == k, pltpu.roll(rows[k], k * block, 1), page)
+    return page
 
 
 class NoScales:
@@ -204,12 +221,12 @@ class TileScales(NoScales):
     def of_scores(self, product: int, scores: jax.Array) -> jax.Array:
         """As ``NoScales`` says."""
         pages = self.heads.shape.pages
-        return self._times(product, scores, pages.first_key_plane, _key_scale, None)
+        return self._times(product, scores, pages.first_key_plane, key_scale, None)
 
     def of_weights(self, product: int, weights: jax.Array, live: jax.Array | None) -> jax.Array:
         """As ``NoScales`` says; words of slots that nobody wrote may be NaN."""
         pages = self.heads.shape.pages
-        return self._times(product, weights, pages.first_value_plane, _value_scale, live)
+        return self._times(product, weights, pages.first_value_plane, value_scale, live)
 
     def _times(
         self,
@@ -235,27 +252,28 @@ class TileScales(NoScales):
 
 def tile_scales(heads: HeadLayout, words_ref: Any, num_blocks: int) -> TileScales:
     """Scales of a tile of ``num_blocks`` blocks, whose words i32[``buffer_rows``, 128] lie block after block."""
-    pages = heads.shape.pages
+    return TileScales(heads, words_along_lanes(heads.shape.pages, words_ref, num_blocks))
+
+
+def words_along_lanes(pages: PageGeometry, words_ref: Any, num_blocks: int) -> list[list[jax.Array]]:
+    """Words of ``num_blocks`` blocks, i32[``buffer_rows``, 128] block after block, as ``TileScales.planes``."""
     rows, block = word_rows(pages), pages.block_size
     together = max(1, LANES // block)
     turns = -(-num_blocks // together)
 
     def every(first: int) -> jax.Array:
-        step = together * rows
         if turns == 1:
             return words_ref[first : first + 1, :]
-        return words_ref[pl.ds(first, turns, stride=step), :]
+        return words_ref[pl.ds(first, turns, stride=together * rows), :]
 
     if block >= LANES:
         chunks = block // LANES
-        return TileScales(
-            heads, [[every(plane * chunks + i) for i in range(chunks)] for plane in range(rows // chunks)]
-        )
+        return [[every(plane * chunks + i) for i in range(chunks)] for plane in range(pages.num_planes)]
     planes: list[list[jax.Array]] = []
     for row in range(rows):
         of_blocks = [every(position * rows + row) for position in range(together)]
         planes += [[words] for words in _exchanged(of_blocks, block)]
-    return TileScales(heads, planes)
+    return planes
 
 
 def _exchanged(vectors: list[jax.Array], width: int) -> list[jax.Array]:

@@ -30,6 +30,7 @@ from hkv_jax.model.kv_arena import write_kv
 from hkv_jax.model.matmul import cpu_has_tiles, project, project_to_vocabulary
 from hkv_jax.model.vocabulary import argmax, top_k
 from hkv_jax.model.xla_attention import AttentionInputs, AttentionSpec, StepRows, paged_attention
+from pallas_kernels.scales import NewKV
 
 ROUNDS, REPEATS = 5, 5
 HIDDEN, VOCABULARY, MLP = 640, 262_144, 2048
@@ -124,7 +125,7 @@ def writes() -> Iterator[Timing]:
     keys = _bf16(8, 1, HEAD_DIM)
     for name, dtype in (("bfloat16 arena", jnp.bfloat16), ("ours (uint16 arena)", jnp.uint16)):
         arena = jnp.zeros((1, NUM_PAGES * fmt.rows_per_page, HEAD_DIM), dtype)
-        yield _time_donated("write 8 tokens", name, lambda a: write_kv(a, fmt, 0, slots, (keys, keys)), arena)
+        yield _time_donated("write 8 tokens", name, lambda a: write_kv(a, fmt, 0, slots, NewKV(keys, keys)), arena)
 
 
 def decode_attention() -> Iterator[Timing]:

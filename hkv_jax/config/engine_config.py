@@ -46,8 +46,10 @@ class EngineConfig:
         default="auto",
     )
     kv_cache_dtype: str = option(
-        kinds.choice("auto", "float32", "bfloat16"),
-        "Type of cached keys and values. auto is that of --dtype.",
+        kinds.choice("auto", "float32", "bfloat16", "int8"),
+        "Type of cached keys and values. auto is that of --dtype. int8 holds about twice the tokens of bfloat16 in the "
+        "same memory, with a scale for each token and head; each number is off by up to 0.4 % of the largest beside "
+        "it, so outputs differ a little.",
         default="auto",
     )
     max_model_len: int | None = option(

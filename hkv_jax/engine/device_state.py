@@ -14,10 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
-from hkv_jax.array_types import ArenaArray
 from hkv_jax.kvcache.format import NO_SLOT
 from hkv_jax.kvcache.layout import KVLayout
-from hkv_jax.model.kv_arena import arena_shapes, copy_blocks
+from hkv_jax.model.kv_arena import ArenaArray, arena_shapes, copy_blocks
 from hkv_jax.sampling_params import MAX_LOGIT_BIASES, MAX_STOP_TOKEN_IDS
 from hkv_jax.sharding import OVER_CHIPS, REPLICATED, named, vocabulary_partition
 

@@ -87,9 +87,9 @@ class _Plan:
 
     @property
     def page_layout(self) -> PageLayout:
-        # Rows of 128 lanes are what a TPU can reshape for free and what the kernels read. Elsewhere a token's heads lie
-        # side by side.
-        planes = self.platform == "tpu" or self.backend is AttentionBackend.PALLAS
+        # Rows of 128 lanes are what a TPU can reshape for free, what the kernels read, and what scales of int8 belong
+        # to. Elsewhere a token's heads lie side by side.
+        planes = self.platform == "tpu" or self.backend is AttentionBackend.PALLAS or self.kv_dtype == jnp.int8
         return PageLayout.PLANES if planes else PageLayout.ROWS
 
     def blueprint(self, layout: KVLayout) -> Blueprint:

@@ -11,8 +11,8 @@ import dataclasses
 import jax
 from jax.sharding import Mesh, PartitionSpec
 
-from hkv_jax.array_types import ArenaArray, BlockTables, Queries
-from hkv_jax.model.kv_arena import write_kv
+from hkv_jax.array_types import BlockTables, Queries
+from hkv_jax.model.kv_arena import ArenaArray, as_read, rounded, write_kv
 from hkv_jax.model.pallas_attention import KernelStep, attend, kernel_step
 from hkv_jax.model.xla_attention import (
     AttentionBackend,
@@ -22,7 +22,6 @@ from hkv_jax.model.xla_attention import (
     paged_attention,
 )
 from hkv_jax.sharding import MODEL_AXIS, OVER_CHIPS, OVER_HEADS, REPLICATED
-from pallas_kernels.scales import Arena
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,16 +69,17 @@ def write_and_attend(
         outputs [T, H, D] in the dtype of the queries, and the arena.
     """
     spec = step.spec
-    keys, values = layer.keys.astype(spec.kv_dtype), layer.values.astype(spec.kv_dtype)
     index = jax.numpy.asarray(layer.layer, jax.numpy.int32)
     sink_partition = None if layer.sinks is None else PartitionSpec(MODEL_AXIS)
 
-    def local(inputs: AttentionInputs, slots: jax.Array, kernels: KernelStep | None) -> tuple[jax.Array, Arena]:
+    def local(inputs: AttentionInputs, slots: jax.Array, kernels: KernelStep | None) -> tuple[jax.Array, ArenaArray]:
+        new = rounded(spec.format, spec.kv_dtype, inputs.keys, inputs.values)
         if kernels is not None:
-            return attend(spec, inputs, kernels, interpret=mesh.devices.flat[0].platform != "tpu")
+            return attend(spec, inputs, new, kernels, interpret=mesh.devices.flat[0].platform != "tpu")
         # Written first, so that reading depends on the write: the other order makes XLA copy the arena.
-        arena = write_kv(inputs.arena, spec.format, inputs.layer, slots, (inputs.keys, inputs.values))
-        return paged_attention(spec, inputs._replace(arena=arena), has_prefill), arena
+        arena = write_kv(inputs.arena, spec.format, inputs.layer, slots, new)
+        keys, values = as_read(spec.format, new)
+        return paged_attention(spec, inputs._replace(arena=arena, keys=keys, values=values), has_prefill), arena
 
     rows = StepRows(*(REPLICATED for _ in StepRows._fields))
     partitions = AttentionInputs(
@@ -92,5 +92,5 @@ def write_and_attend(
         out_specs=(OVER_HEADS, OVER_CHIPS),
         check_vma=False,
     )
-    inputs = AttentionInputs(layer.queries, keys, values, arena, index, step.tables, step.rows, layer.sinks)
+    inputs = AttentionInputs(layer.queries, layer.keys, layer.values, arena, index, step.tables, step.rows, layer.sinks)
     return mapped(inputs, step.slots, step.kernels)

@@ -5,6 +5,9 @@ and every function here takes that local array. A page id addresses one layer's 
 reads page ``id + l``. Must never: allocate blocks (the host does), or be called outside ``shard_map`` (under GSPMD a
 reshape of the arena costs twice its size in temporaries).
 
+int8 keys and values have a second array beside the arena, with the scales of its rows (``pallas_kernels.scales``); what
+is said here of an arena is then said of both, and what is read from them are floats.
+
 16-bit values are stored as uint16 on CPU: XLA's CPU backend converts the whole array to float32 and back around a
 bfloat16 scatter. The bits are the same; ``as_stored`` and ``as_values`` are free casts.
 """
@@ -12,16 +15,42 @@ bfloat16 scatter. The bits are the same; ``as_stored`` and ``as_values`` are fre
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh
 
-from hkv_jax.array_types import ArenaArray, KeysValues
 from hkv_jax.kvcache.format import LANES, NO_SLOT, KVFormat, PageLayout
 from hkv_jax.kvcache.layout import KVLayout
 from hkv_jax.sharding import MODEL_AXIS, OVER_CHIPS, named
+from pallas_kernels.pages import PageGeometry
+from pallas_kernels.reference_pages import floats_of_tokens
+from pallas_kernels.scales import Arena, NewKV, ScaledArena, is_scaled, quantise
+
+ArenaArray = Arena
+"""[chips, rows, row_elements]: one arena; uint16 stands for bfloat16 on CPU. Inside shard_map chips is 1.
+
+Of int8, with the words of its scales, i32[chips, rows / 128, 128].
+"""
+
+
+def page_geometry(fmt: KVFormat) -> PageGeometry:
+    """A page of planes as the kernels see it."""
+    return PageGeometry(fmt.block_size, fmt.num_kv_heads, fmt.head_dim, fmt.head_dim)
+
+
+def rounded(fmt: KVFormat, kv_dtype: jnp.dtype, keys: jax.Array, values: jax.Array) -> NewKV:
+    """Keys and values [T, K, D] in the KV dtype: what is written, and what attention uses of a step's own tokens."""
+    if is_scaled(kv_dtype):
+        return quantise(keys, values, page_geometry(fmt))
+    return NewKV(keys.astype(kv_dtype), values.astype(kv_dtype))
+
+
+def as_read(fmt: KVFormat, new: NewKV) -> tuple[jax.Array, jax.Array]:
+    """Keys and values of a step's tokens as ``read_pages`` would give them."""
+    return (new.keys, new.values) if new.words is None else floats_of_tokens(*new, page_geometry(fmt))
 
 
 def storage_dtype(kv_dtype: jnp.dtype, platform: str) -> jnp.dtype:
@@ -31,19 +60,40 @@ def storage_dtype(kv_dtype: jnp.dtype, platform: str) -> jnp.dtype:
     return jnp.dtype(kv_dtype)
 
 
-def arena_shapes(layout: KVLayout, mesh: Mesh, dtype: jnp.dtype) -> tuple[jax.ShapeDtypeStruct, ...]:
+def arena_shapes(layout: KVLayout, mesh: Mesh, dtype: jnp.dtype) -> tuple[Any, ...]:
     """Shape, dtype and sharding of each arena before it exists."""
-    shapes = []
+    shapes: list[Any] = []
+    chips = mesh.shape[MODEL_AXIS]
+
+    def struct(rows: int, width: int, dtype: jnp.dtype) -> Any:
+        return jax.ShapeDtypeStruct((chips, rows, width), dtype, sharding=named(mesh, OVER_CHIPS))
+
     for index, arena in enumerate(layout.arenas):
         # Every group's row width divides into this one, so that each view is a reshape of the same bytes.
-        width = math.gcd(*(g.format.row_elements for g in layout.groups if g.arena == index))
-        rows = arena.total_bytes // arena.itemsize // width
-        shape = (mesh.shape[MODEL_AXIS], rows, width)
-        shapes.append(jax.ShapeDtypeStruct(shape, dtype, sharding=named(mesh, OVER_CHIPS)))
+        formats = [group.format for group in layout.groups if group.arena == index]
+        width = math.gcd(*(fmt.row_elements for fmt in formats))
+        if is_scaled(dtype):
+            rows = arena.total_bytes // formats[0].row_bytes
+            shapes.append(ScaledArena(struct(rows, width, dtype), struct(rows // LANES, LANES, jnp.dtype(jnp.int32))))
+        else:
+            shapes.append(struct(arena.total_bytes // arena.itemsize // width, width, dtype))
     return tuple(shapes)
 
 
-def as_stored(values: jax.Array, arena: ArenaArray) -> jax.Array:
+def _rows_of(arena: ArenaArray, fmt: KVFormat) -> list[jax.Array]:
+    """A local arena row by row, [rows, row_elements], and of int8 the words, [rows]."""
+    if isinstance(arena, ScaledArena):
+        return [arena.values.reshape(-1, fmt.row_elements), arena.words.reshape(-1)]
+    return [arena.reshape(-1, fmt.row_elements)]
+
+
+def _as_arena(views: list[jax.Array], arena: ArenaArray) -> ArenaArray:
+    if isinstance(arena, ScaledArena):
+        return ScaledArena(*(view.reshape(part.shape) for view, part in zip(views, arena, strict=True)))
+    return views[0].reshape(arena.shape)
+
+
+def as_stored(values: jax.Array, arena: jax.Array) -> jax.Array:
     """Values in the bits of the arena's dtype."""
     return values if values.dtype == arena.dtype else lax.bitcast_convert_type(values, arena.dtype)
 
@@ -58,7 +108,7 @@ def write_kv(
     fmt: KVFormat,
     layer: jax.Array | int,
     slots: jax.Array,
-    keys_values: tuple[KeysValues, KeysValues],
+    new: NewKV,
 ) -> ArenaArray:
     """Writes new keys and values of one layer to their slots.
 
@@ -67,21 +117,24 @@ def write_kv(
         fmt: the group's page format.
         layer: index of the layer within its group.
         slots: i32[T], page · P + offset of layer 0, or NO_SLOT.
-        keys_values: [T, K, D] each, KV dtype.
+        new: of the tokens.
 
     Returns:
         The arena, updated in place where it was donated.
     """
-    keys, values = (as_stored(x, arena) for x in keys_values)
-    rows_of_slot = _rows_of_slots(fmt, slots)
+    views = _rows_of(arena, fmt)
+    keys, values = (as_stored(part, views[0]) for part in (new.keys, new.values))
+    new_rows = [_rows_of_tokens(fmt, keys, values), *([] if new.words is None else [new.words])]
     live = slots != NO_SLOT
-    view = arena.reshape(-1, fmt.row_elements)
     shift = jnp.asarray(layer, jnp.int32) * fmt.rows_per_page
     # NO_SLOT is replaced last, by a row past the end: mode="drop" wraps negative indices, so none may be negative.
-    rows = jnp.where(live[:, None], rows_of_slot + shift, view.shape[0])
+    rows = jnp.where(live[:, None], _rows_of_slots(fmt, slots) + shift, views[0].shape[0]).reshape(-1)
     # One scatter through a view of rows: the only form that was in place on every supported jax (docs/benchmarks.md).
-    view = view.at[rows.reshape(-1)].set(_rows_of_tokens(fmt, keys, values).reshape(-1, fmt.row_elements), mode="drop")
-    return view.reshape(arena.shape)
+    written = [
+        view.at[rows].set(one.reshape(-1, *view.shape[1:]), mode="drop")
+        for view, one in zip(views, new_rows, strict=True)
+    ]
+    return _as_arena(written, arena)
 
 
 def read_pages(
@@ -97,17 +150,22 @@ def read_pages(
         kv_dtype: what the stored bits are.
 
     Returns:
-        keys and values, [n · P, K, D] each.
+        keys and values, [n · P, K, D] each; float32 where they are stored as int8.
     """
+    views = _rows_of(arena, fmt)
     heads, dim, tokens = fmt.num_kv_heads, fmt.head_dim, pages.shape[0] * fmt.block_size
     if fmt.layout is PageLayout.ROWS:
-        taken = _take(arena.reshape(-1, 2, fmt.block_size, fmt.row_elements), pages)
+        taken = _take(views[0].reshape(-1, 2, fmt.block_size, fmt.row_elements), pages)
         keys, values = taken[:, 0].reshape(tokens, heads, dim), taken[:, 1].reshape(tokens, heads, dim)
     else:
-        planes = _take(arena.reshape(-1, fmt.num_planes, fmt.block_size, LANES), pages)
+        planes = _take(views[0].reshape(-1, fmt.num_planes, fmt.block_size, LANES), pages)
         # K and V of a head are the two halves of its planes, or (D <= 64) of its one plane.
         by_token = planes.transpose(0, 2, 1, 3).reshape(tokens, heads, 2, -1)
         keys, values = by_token[:, :, 0, :dim], by_token[:, :, 1, :dim]
+    if len(views) > 1:
+        words = _take(views[1].reshape(-1, fmt.num_planes, fmt.block_size), pages).transpose(0, 2, 1)
+        keys, values = floats_of_tokens(keys, values, words.reshape(tokens, -1), page_geometry(fmt))
+        kv_dtype = values.dtype
     values = jnp.where(live[:, None, None], values, jnp.zeros((), values.dtype))
     return as_values(keys, kv_dtype), as_values(values, kv_dtype)
 
@@ -122,16 +180,21 @@ def copy_blocks(arena: ArenaArray, fmt: KVFormat, sources: jax.Array, targets: j
         targets: i32[n], likewise; NO_SLOT for an entry that copies nothing, and costs nothing.
     """
     # The pages of a block follow each other. Only the first axis is cut, so that no layout has to move a row.
-    view = arena.reshape(-1, fmt.rows_per_page, fmt.row_elements)
+    rows, *words = _rows_of(arena, fmt)
+    views = [rows.reshape(-1, fmt.rows_per_page, fmt.row_elements)]
+    views += [one.reshape(-1, fmt.rows_per_page // LANES, LANES) for one in words]
     live = targets != NO_SLOT
     live_first = jnp.argsort(~live)  # stable: the copies keep their order
 
-    def copy(number: jax.Array, view: jax.Array) -> jax.Array:
+    def copy(number: jax.Array, views: list[jax.Array]) -> list[jax.Array]:
         entry = live_first[number]
-        block = lax.dynamic_slice_in_dim(view, sources[entry], fmt.num_layers)
-        return lax.dynamic_update_slice_in_dim(view, block, targets[entry], 0)
+        blocks = [lax.dynamic_slice_in_dim(view, sources[entry], fmt.num_layers) for view in views]
+        return [
+            lax.dynamic_update_slice_in_dim(view, block, targets[entry], 0)
+            for view, block in zip(views, blocks, strict=True)
+        ]
 
-    return lax.fori_loop(0, jnp.sum(live), copy, view).reshape(arena.shape)
+    return _as_arena(lax.fori_loop(0, jnp.sum(live), copy, views), arena)
 
 
 def _take(view: jax.Array, index: jax.Array) -> jax.Array:

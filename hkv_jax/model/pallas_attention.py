@@ -13,16 +13,17 @@ import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
 from hkv_jax.array_types import BlockTables
+from hkv_jax.model.kv_arena import ArenaArray, page_geometry
 from hkv_jax.model.xla_attention import AttentionInputs, AttentionSpec, StepRows
 from pallas_kernels.decode_inputs import DecodeInputs
 from pallas_kernels.kv_update.items import WriteItems, write_items
 from pallas_kernels.kv_update.ops import update
 from pallas_kernels.paged_attention.ops import decode as paged_decode
-from pallas_kernels.pages import AttentionShape, PageGeometry
+from pallas_kernels.pages import AttentionShape
 from pallas_kernels.prefill_attention.ops import PrefillInputs, prefill, rows_of_step
 from pallas_kernels.prefill_rows import PrefillRows, StepTokens
 from pallas_kernels.rows import DecodeRows, QueryRows, global_rows, windowed_rows
-from pallas_kernels.scales import Arena
+from pallas_kernels.scales import NewKV
 from pallas_kernels.windowed_attention.ops import decode as windowed_decode
 
 LEAST_PREFILL_TOKENS = 16
@@ -81,39 +82,46 @@ def kernel_step(
 
 
 def attend(
-    spec: AttentionSpec, inputs: AttentionInputs, step: KernelStep, interpret: bool
-) -> tuple[jax.Array, Arena]:
-    """Writes the step's keys and values and attends, on one chip.
+    spec: AttentionSpec, inputs: AttentionInputs, new: NewKV, step: KernelStep, interpret: bool
+) -> tuple[jax.Array, ArenaArray]:
+    """Writes the step's keys and values, ``new`` as they are in the pool, and attends, on one chip.
 
     Returns:
         [T, H, D], the dtype of the queries, and the arena. Positions past the live tokens hold unspecified values.
     """
     mode: bool | pltpu.InterpretParams = pltpu.InterpretParams() if interpret else False
     shape = attention_shape(spec, inputs.queries.shape[1])
-    queries, keys, values, arena = inputs.queries, inputs.keys, inputs.values, inputs.arena
+    queries, arena = inputs.queries, inputs.arena
     if step.items is not None:
-        arena = update(shape.pages, (keys, values), arena, inputs.layer, step.items, mode)
+        arena = update(shape.pages, new, arena, inputs.layer, step.items, mode)
     count = step.decode.kv_lens.shape[0]
     decode = paged_decode if spec.window is None else windowed_decode
     decode_inputs = DecodeInputs(
-        queries[:count], keys[:count], values[:count], arena, inputs.layer, step.decode, inputs.sinks
+        queries[:count],
+        new.keys[:count],
+        new.values[:count],
+        arena,
+        inputs.layer,
+        step.decode,
+        inputs.sinks,
+        None if new.words is None else new.words[:count],
     )
     outputs, arena = decode(shape, decode_inputs, mode)
     if step.prefill is None:
         return outputs, arena
     num_tokens = queries.shape[0]
-    queries, keys, values, outputs = (
-        _with_tokens(x, _prefill_tokens(num_tokens)) for x in (queries, keys, values, outputs)
+    queries, outputs, new = jax.tree.map(
+        lambda array: _with_tokens(array, _prefill_tokens(num_tokens)), (queries, outputs, new)
     )
-    prefill_inputs = PrefillInputs(queries, keys, values, arena, inputs.layer, step.prefill, outputs, inputs.sinks)
+    prefill_inputs = PrefillInputs(
+        queries, new.keys, new.values, arena, inputs.layer, step.prefill, outputs, inputs.sinks, new.words
+    )
     return prefill(shape, prefill_inputs, mode)[:num_tokens], arena
 
 
 def attention_shape(spec: AttentionSpec, num_heads: int) -> AttentionShape:
     """A group's attention with that many query heads, as the kernels see it."""
-    fmt = spec.format
-    pages = PageGeometry(fmt.block_size, fmt.num_kv_heads, fmt.head_dim, fmt.head_dim)
-    return AttentionShape(pages, num_heads, spec.window, spec.scale, spec.soft_cap)
+    return AttentionShape(page_geometry(spec.format), num_heads, spec.window, spec.scale, spec.soft_cap)
 
 
 def _prefill_tokens(num_tokens: int) -> int:
@@ -122,4 +130,4 @@ def _prefill_tokens(num_tokens: int) -> int:
 
 
 def _with_tokens(array: jax.Array, num_tokens: int) -> jax.Array:
-    return jnp.pad(array, ((0, num_tokens - array.shape[0]), (0, 0), (0, 0)))
+    return jnp.pad(array, ((0, num_tokens - array.shape[0]), *((0, 0) for _ in array.shape[1:])))

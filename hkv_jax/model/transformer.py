@@ -17,8 +17,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh
 
-from hkv_jax.array_types import ArenaArray, Hidden, Parameters
+from hkv_jax.array_types import Hidden, Parameters
 from hkv_jax.model.attention import GroupStep, LayerArrays, write_and_attend
+from hkv_jax.model.kv_arena import ArenaArray
 from hkv_jax.model.layers import DecoderLayer, Embedder, bind
 from hkv_jax.model.rope import rope_angles
 from hkv_jax.spec import ModelSpec, RopeSpec

@@ -74,7 +74,7 @@ class StepRows(NamedTuple):
 class AttentionInputs(NamedTuple):
     """Arrays of one layer, local to a chip.
 
-    queries [T, H, D]; keys, values [T, K, D] of the step's own tokens in the KV dtype; arena; layer: index in the
+    queries [T, H, D]; keys, values [T, K, D] of the step's own tokens, as they will be read; arena; layer: index in the
     group; tables i32[Z, M]; rows; sinks f32[H] or None: a learned score per head that takes probability and gives
     nothing.
     """

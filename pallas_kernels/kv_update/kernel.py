@@ -22,6 +22,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.kv_update.items import ITEM_FIELDS
 from pallas_kernels.pages import LANES, PageGeometry, row_tile
+from pallas_kernels.scales import in_word_rows, slot_of_word
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,23 +30,24 @@ class UpdatePlan:
     """What is static.
 
     ``num_tokens`` T is at least ``window_rows``; ``dtype`` is the pool's; ``planes`` names for each plane of a page the
-    array that has it and the first lane there.
+    array that has it and the first lane there. ``of_words``: what is written are scales, which lie along lanes.
     """
 
     pages: PageGeometry
     num_tokens: int
     dtype: jnp.dtype
     planes: tuple[tuple[int, int], ...]
+    of_words: bool = False
 
     @property
     def row_tile(self) -> int:
-        """Rows that copies begin at."""
-        return row_tile(self.dtype)
+        """Tokens that copies begin at a multiple of."""
+        return LANES if self.of_words else row_tile(self.dtype)
 
     @property
     def window_rows(self) -> int:
-        """Tokens read for one block: one row tile more, wherever its first token lies."""
-        return self.pages.block_size + self.row_tile
+        """Tokens read for one block: one tile more than its own, wherever its first token lies."""
+        return -(-self.pages.block_size // self.row_tile) * self.row_tile + self.row_tile
 
 
 class Item(NamedTuple):
@@ -62,7 +64,8 @@ def update_kernel(plan: UpdatePlan, num_arrays: int) -> Callable[..., None]:
 
     def body(items_ref: Any, num_items_ref: Any, layer_ref: Any, *refs: Any) -> None:
         arrays, (_aliased, pages, *scratch) = refs[:num_arrays], refs[num_arrays:]
-        _Update(plan, (items_ref, layer_ref), arrays, (pages, *scratch)).run(num_items_ref[0])
+        kind = _WordUpdate if plan.of_words else _Update
+        kind(plan, (items_ref, layer_ref), arrays, (pages, *scratch)).run(num_items_ref[0])
 
     return body
 
@@ -178,12 +181,15 @@ class _Update:
         page = self._pages.at[item.page + self._layer[0]]
         return pltpu.make_async_copy(self._old.at[place], page, self._written.at[place])
 
+    def _turn(self, item: Item) -> Any:
+        """By how many rows what was read is turned: row r of the block is token − offset + r."""
+        rows = self._plan.window_rows
+        return lax.rem(self._first_read_token(item) - (item.token - item.offset) + rows, rows)
+
     def _lay_over(self, item: Item, place: Any) -> None:
         """Turns the new tokens to the rows of their slots, over what these have."""
         plan = self._plan
-        block, rows = plan.pages.block_size, plan.window_rows
-        # Row r of the block is token − offset + r, which lies at that less the first token read.
-        turn = lax.rem(self._first_read_token(item) - (item.token - item.offset) + rows, rows)
+        block, turn = plan.pages.block_size, self._turn(item)
         row = lax.broadcasted_iota(jnp.int32, (block, LANES), 0)
         is_new = (row >= item.offset) & (row < item.offset + item.length)
         # Moving rows is for 32-bit values; the way there and back changes none.
@@ -192,3 +198,26 @@ class _Update:
             turned = pltpu.roll(self._new[place, plane].astype(wide), turn, 0)[:block]
             old = self._old[place, plane].astype(wide)
             self._old[place, plane] = jnp.where(is_new, turned, old).astype(plan.dtype)
+
+
+class _WordUpdate(_Update):
+    """Scales: words of tokens along lanes, [C, T], become those of slots; every block passes through VMEM."""
+
+    def _is_whole(self, item: Item) -> Any:
+        return item.length < 0
+
+    def _part_reads(self, item: Item, place: Any) -> list[Any]:
+        read, tokens = self._read.at[place], pl.ds(self._first_read_token(item), self._plan.window_rows)
+        page = self._pages.at[item.page + self._layer[0]]
+        return [
+            pltpu.make_async_copy(self._arrays[0].at[:, tokens], self._new.at[place], read),
+            pltpu.make_async_copy(page, self._old.at[place], read),
+        ]
+
+    def _lay_over(self, item: Item, place: Any) -> None:
+        pages = self._plan.pages
+        slot = slot_of_word(pages)
+        is_new = (slot >= item.offset) & (slot < item.offset + item.length)
+        turned = pltpu.roll(self._new[place], self._turn(item), 1)
+        rows = in_word_rows([turned[plane : plane + 1] for plane in range(pages.num_planes)], pages)
+        self._old[place] = jnp.where(is_new, rows, self._old[place])

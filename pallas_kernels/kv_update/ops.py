@@ -11,6 +11,9 @@ Axis letters: T tokens, K kv heads, D head dim.
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
@@ -18,22 +21,23 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.kv_update.items import WriteItems
 from pallas_kernels.kv_update.kernel import UpdatePlan, update_kernel
-from pallas_kernels.pages import LANES, PageGeometry, as_pages, own_rows
+from pallas_kernels.pages import LANES, PageGeometry, own_rows
+from pallas_kernels.scales import Arena, NewKV, arena_of, check_dtype, pool_views
 
 
 def update(
     pages: PageGeometry,
-    keys_values: tuple[jax.Array, jax.Array],
-    arena: jax.Array,
+    new: NewKV,
+    arena: Arena,
     layer: jax.Array,
     items: WriteItems,
     interpret: bool | pltpu.InterpretParams = False,
-) -> jax.Array:
+) -> Arena:
     """Writes the tokens of ``items``.
 
     Args:
         pages: where K/V lie.
-        keys_values: [T, K, Dk] and [T, K, Dv], the dtype of the pool.
+        new: keys and values of the step's tokens.
         arena: [1, rows, 128] of this chip.
         layer: i32[], index in the group.
         items: what is written where.
@@ -41,18 +45,38 @@ def update(
 
     Returns:
         The arena, in place.
+
+    Raises:
+        ValueError: keys or values are not of the pool's dtype.
     """
-    keys, values = keys_values
-    if keys.dtype != arena.dtype or values.dtype != arena.dtype:
-        raise ValueError(f"keys are {keys.dtype}, values {values.dtype}; round them to the pool's {arena.dtype}")
-    arrays, planes = own_rows(keys, values, pages)
-    plan = UpdatePlan(pages, 0, jnp.dtype(arena.dtype), planes)
-    missing = max(plan.window_rows - keys.shape[0], 0)
-    arrays = [jnp.pad(array, ((0, missing), (0, 0))) for array in arrays]
-    plan = UpdatePlan(pages, arrays[0].shape[0], plan.dtype, planes)
-    view = as_pages(arena, pages)
+    for name, array in (("keys", new.keys), ("values", new.values)):
+        check_dtype(name, array, arena, new.words)
+    arrays, planes = own_rows(new.keys, new.values, pages)
+    view, *words = pool_views(arena, pages)
+    plan = UpdatePlan(pages, 0, jnp.dtype(view.dtype), planes)
+    written = [_call(plan, arrays, view, (layer, items, interpret))]
+    for word_view in words:
+        assert new.words is not None
+        word_plan = UpdatePlan(pages, 0, jnp.dtype(word_view.dtype), (), of_words=True)
+        written.append(_call(word_plan, [new.words.T], word_view, (layer, items, interpret)))
+    return arena_of(written, arena)
+
+
+def _call(
+    plan: UpdatePlan, arrays: list[jax.Array], view: jax.Array, call: tuple[jax.Array, WriteItems, Any]
+) -> jax.Array:
+    """Writes what lies in ``arrays``, tokens by row (words: by lane), to the pages of ``view``."""
+    layer, items, interpret = call
+    axis = 1 if plan.of_words else 0
+    num_tokens = max(-(-arrays[0].shape[axis] // plan.row_tile) * plan.row_tile, plan.window_rows)
+    missing = num_tokens - arrays[0].shape[axis]
+    plan = dataclasses.replace(plan, num_tokens=num_tokens)
+    padding = ((0, 0), (0, missing)) if plan.of_words else ((0, missing), (0, 0))
+    arrays = [jnp.pad(array, padding) for array in arrays]
+    planes, window = plan.pages.num_planes, plan.window_rows
+    window_shape = (planes, window) if plan.of_words else (planes, window, LANES)
     anywhere = pl.BlockSpec(memory_space=pl.ANY)
-    written = pl.pallas_call(
+    return pl.pallas_call(
         update_kernel(plan, len(arrays)),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,
@@ -60,8 +84,8 @@ def update(
             in_specs=[*(anywhere for _ in arrays), anywhere],
             out_specs=anywhere,
             scratch_shapes=[
-                pltpu.VMEM((2, pages.num_planes, plan.window_rows, LANES), view.dtype),
-                pltpu.VMEM((2, pages.num_planes, pages.block_size, LANES), view.dtype),
+                pltpu.VMEM((2, *window_shape), view.dtype),
+                pltpu.VMEM((2, *view.shape[1:]), view.dtype),
                 pltpu.SemaphoreType.DMA((2,)),
                 pltpu.SemaphoreType.DMA((2,)),
                 pltpu.SemaphoreType.DMA(()),
@@ -71,6 +95,5 @@ def update(
         input_output_aliases={3 + len(arrays): 0},
         compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",), disable_bounds_checks=True),
         interpret=interpret,
-        name="kv_update",
+        name="scale_update" if plan.of_words else "kv_update",
     )(items.items, items.num_items, layer.reshape(1), *arrays, view)
-    return written.reshape(arena.shape)

@@ -29,6 +29,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels import softmax
 from pallas_kernels.pages import LANES
 from pallas_kernels.prefill_attention.refs import Arrays, Scalars, Scratch, Stretch, Visit
+from pallas_kernels.prefill_attention.stretch_scales import NoStretchScales, ScaleRefs, StretchScales
 from pallas_kernels.prefill_attention.tile import HALF, PrefillTile
 from pallas_kernels.prefill_rows import VISIT_FIELDS
 
@@ -48,16 +49,25 @@ def prefill_kernel(tile: PrefillTile, num_optional: tuple[int, int], table_width
         table_width: columns of a windowed row's table.
     """
 
-    def body(*refs: Any) -> None:
-        scalars, rest = Scalars(*refs[:4]), list(refs[4:])
+    def body(*all_refs: Any) -> None:
+        scalars, rest = Scalars(*all_refs[:4]), list(all_refs[4:])
         queries = rest.pop(0)
         own = [rest.pop(0) for _ in range(num_optional[0])]
+        own_words = rest.pop(0) if tile.scaled and tile.reads_own else None
         pages = rest.pop(0)
+        pool_words = rest.pop(0) if tile.scaled else None
         tables = None if tile.reads_own else rest.pop(0)
         sinks = rest.pop(0) if num_optional[1] else None
         _aliased, outputs, *scratch = rest
         arrays = Arrays(queries, own, pages, tables, sinks, outputs)
-        _Prefill(tile, table_width, (scalars, arrays, Scratch(*scratch))).run()
+        of_keys = Scratch(*scratch[: len(Scratch._fields)])
+        scales = NoStretchScales()
+        if tile.scaled:
+            words, *own_scratch, of_lanes = scratch[len(Scratch._fields) :]
+            own_here = own_scratch[0] if own_scratch else None
+            refs = ScaleRefs(pool_words, own_words, words, own_here, of_lanes, of_keys.fetched_kv)
+            scales = StretchScales(tile, refs)
+        _Prefill(tile, table_width, (scalars, arrays, of_keys), scales).run()
 
     return body
 
@@ -65,10 +75,16 @@ def prefill_kernel(tile: PrefillTile, num_optional: tuple[int, int], table_width
 class _Prefill:
     """One call: the loops over units and stretches, with what is copied when."""
 
-    def __init__(self, tile: PrefillTile, table_width: int, refs: tuple[Scalars, Arrays, Scratch]) -> None:
-        self._tile, self._table_width = tile, table_width
+    def __init__(
+        self,
+        tile: PrefillTile,
+        table_width: int,
+        refs: tuple[Scalars, Arrays, Scratch],
+        scales: NoStretchScales,
+    ) -> None:
+        self._tile, self._table_width, self._scales = tile, table_width, scales
         self._scalars, self._arrays, self._scratch = refs
-        self._work = _StretchWork(tile, self._arrays.sinks, self._scratch)
+        self._work = _StretchWork(tile, self._arrays.sinks, self._scratch, scales)
 
     def run(self) -> None:
         """All units."""
@@ -100,9 +116,13 @@ class _Prefill:
         last_query = start + jnp.minimum(token + self._tile.queries, end) - 1 - first
         return Visit(row, token, first, end, start, context, first_query, last_query)
 
+    def _group(self, unit: Any) -> Any:
+        """The group of kv heads of a unit."""
+        return lax.rem(unit, self._tile.head_groups)
+
     def _head(self, unit: Any) -> Any:
         """The first kv head of a unit."""
-        return lax.rem(unit, self._tile.head_groups) * self._tile.heads
+        return self._group(unit) * self._tile.heads
 
     def _is_whole(self, visit: Visit) -> Any:
         """Whether all tokens of the tile are the row's, so that what was in the outputs does not matter."""
@@ -258,7 +278,6 @@ class _Prefill:
         return pl.ds(pl.multiple_of(lax.rem(unit, self._tile.head_groups) * lanes, lanes), lanes)
 
     def _start_kv(self, unit: Any, stretch: Stretch, place: Any) -> None:
-        first_plane = self._head(unit) * self._tile.shape.pages.planes_per_head
         visit = self._visit(unit)
 
         def block(number: Any, _: None) -> None:
@@ -267,7 +286,8 @@ class _Prefill:
                 page = self._scalars.tables[visit.row * self._table_width + column]
             else:
                 page = self._scratch.table[lax.rem(unit, 2), lax.div(column, LANES), lax.rem(column, LANES)]
-            self._block_copy(page + self._scalars.layer[0], first_plane, number, place).start()
+            for copy in self._block_copies(page + self._scalars.layer[0], self._group(unit), number, place):
+                copy.start()
 
         lax.fori_loop(0, stretch.num_blocks, block, None)
 
@@ -277,10 +297,25 @@ class _Prefill:
 
         if self._tile.reads_own:
             lax.fori_loop(0, stretch.num_own, own, None)
+            self._of_own_scales(self._group(unit), stretch, place, lambda copy: copy.start())
+
+    def _of_own_scales(self, group: Any, stretch: Stretch, place: Any, act: Callable[[Any], None]) -> None:
+        copies = self._scales.own_copies(group, stretch, place)
+        if copies:
+
+            @pl.when(stretch.num_own > 0)
+            def _act() -> None:
+                for copy in copies:
+                    act(copy)
 
     def _wait_kv(self, stretch: Stretch, place: Any) -> None:
-        lax.fori_loop(0, stretch.num_blocks, lambda number, _: self._block_copy(0, 0, number, place).wait(), None)
+        def block(number: Any, _: None) -> None:
+            for copy in self._block_copies(0, 0, number, place):
+                copy.wait()
+
+        lax.fori_loop(0, stretch.num_blocks, block, None)
         if self._tile.reads_own:
+            self._of_own_scales(0, stretch, place, lambda copy: copy.wait())
 
             def own(number: Any, _: None) -> None:
                 for copy in self._own_copies(0, stretch, number, place):
@@ -288,13 +323,14 @@ class _Prefill:
 
             lax.fori_loop(0, stretch.num_own, own, None)
 
-    def _block_copy(self, page: Any, first_plane: Any, number: Any, place: Any) -> Any:
+    def _block_copies(self, page: Any, group: Any, number: Any, place: Any) -> list[Any]:
         rows = pl.ds(pl.multiple_of(number * self._tile.block, self._tile.block), self._tile.block)
-        return pltpu.make_async_copy(
-            self._arrays.pages.at[page, pl.ds(first_plane, self._tile.planes)],
+        keys = pltpu.make_async_copy(
+            self._arrays.pages.at[page, pl.ds(group * self._tile.planes, self._tile.planes)],
             self._scratch.kv.at[place, :, rows, :],
             self._scratch.fetched_kv.at[place],
         )
+        return [keys, *self._scales.block_copies(page, group, number, place)]
 
     def _own_copies(self, head: Any, stretch: Stretch, number: Any, place: Any) -> list[Any]:
         """Copies of one stretch of the step's own tokens, one a plane."""
@@ -322,8 +358,8 @@ class _Prefill:
 class _StretchWork:
     """The products and the softmax of one unit."""
 
-    def __init__(self, tile: PrefillTile, sinks_ref: Any, scratch: Scratch) -> None:
-        self._tile, self._sinks, self._scratch = tile, sinks_ref, scratch
+    def __init__(self, tile: PrefillTile, sinks_ref: Any, scratch: Scratch, scales: NoStretchScales) -> None:
+        self._tile, self._sinks, self._scratch, self._scales = tile, sinks_ref, scratch, scales
 
     def begin(self, parity: Any) -> None:
         """Lays the queries of a unit out in rows of scores, (query head, token), where they do not lie so."""
@@ -353,6 +389,7 @@ class _StretchWork:
         pool_keys = stretch.num_blocks * tile.block
         num_tiles = pl.cdiv(pool_keys + stretch.num_own * tile.own_tokens, tile.keys)
         run = tile.plain_tiles
+        self._scales.prepare(stretch, place)
 
         def first_pass(number: Any) -> Any:
             at = pl.multiple_of(number * tile.keys, tile.keys)
@@ -407,6 +444,7 @@ class _StretchWork:
         place, may_be_first = where
         for head in range(tile.heads):
             products = softmax.scores(self._queries_of(head), self._keys_of(head, number, place, values=False))
+            products = self._scales.of_keys(head, number, products)
             if cap is None:
                 products = products * (tile.shape.scale * LOG2_E)
             else:
@@ -462,10 +500,15 @@ class _StretchWork:
                 sums, weighted = (jnp.where(number == 0, 0.0, x) for x in (sums, weighted))
             scratch.sums[head] = _fold(jnp.add, [sums, *weights])
             values = self._keys_of(head, number, place, values=True)
-            scratch.weighted[head] = weighted + softmax.weighted_sum(jnp.concatenate(weights, axis=1), values)
+            of_values = self._scales.of_values(head, number, jnp.concatenate(weights, axis=1))
+            scratch.weighted[head] = weighted + softmax.weighted_sum(of_values, values)
 
     def _clear(self, edges: _Edges, place: Any) -> None:
         """What is no key of the row becomes 0: it may be NaN, which neither a bias nor a weight of 0 would mask."""
+        if self._tile.scaled:
+            # Integers are numbers, whatever lies there, and scales of 0 make them 0.
+            self._scales.clear(lax.div(edges.first, self._tile.keys), edges.positions(1) != NOT_A_KEY)
+            return
         rows = pl.ds(edges.first, self._tile.keys)
         is_key = edges.positions(0) != NOT_A_KEY
         for index in range(self._tile.planes):

@@ -16,6 +16,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.pages import LANES, AttentionShape, by_token, own_rows
 from pallas_kernels.prefill_attention.kernel import prefill_kernel
+from pallas_kernels.prefill_attention.stretch_scales import ScalePlan
 from pallas_kernels.prefill_attention.tile import PrefillTile, choose_tile
 from pallas_kernels.prefill_rows import PrefillRows, StepTokens, prefill_rows
 from pallas_kernels.scales import Arena, check_dtype, pool_views
@@ -36,6 +37,7 @@ class PrefillInputs(NamedTuple):
         rows: visits and tables, made for the query tile of ``query_tile``.
         outputs: [T, H, Dv], dtype of the queries: what tokens that no row of ``rows`` has keep.
         sinks: f32[H], a learned score of each head that takes probability and gives nothing; or None.
+        words: i32[T, C], scales of the step's keys and values where they are int8, as ``scales.quantise`` gives them.
     """
 
     queries: jax.Array
@@ -46,6 +48,7 @@ class PrefillInputs(NamedTuple):
     rows: PrefillRows
     outputs: jax.Array
     sinks: jax.Array | None = None
+    words: jax.Array | None = None
 
 
 def rows_of_step(
@@ -83,15 +86,18 @@ def run(tile: PrefillTile, inputs: PrefillInputs, interpret: bool | pltpu.Interp
     if not interpret:
         # In VMEM, where XLA may have put them, copies from them would be loops of loads and stores.
         queries, outputs, *own = (pltpu.with_memory_space_constraint(x, pltpu.HBM) for x in (queries, outputs, *own))
+    num_own = len(own)
+    if tile.reads_own and inputs.words is not None:
+        own.append(ScalePlan(tile).own_by_group(inputs.words))
     arrays = [queries, *own, *pool_views(inputs.arena, pages), *tables]
     result = pl.pallas_call(
-        prefill_kernel(tile, (len(own), len(sinks)), table_width=inputs.rows.tables.shape[1]),
+        prefill_kernel(tile, (num_own, len(sinks)), table_width=inputs.rows.tables.shape[1]),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=4,
             grid=(1,),
             in_specs=[*(anywhere for _ in arrays), *(in_smem for _ in sinks), anywhere],
             out_specs=anywhere,
-            scratch_shapes=_scratch(tile, inputs),
+            scratch_shapes=[*_scratch(tile, inputs), *(ScalePlan(tile).scratch() if tile.scaled else [])],
         ),
         out_shape=jax.ShapeDtypeStruct(outputs.shape, outputs.dtype),
         input_output_aliases={4 + len(arrays) + len(sinks): 0},
@@ -152,4 +158,4 @@ def _check(shape: AttentionShape, inputs: PrefillInputs) -> None:
     if num_tokens < 16 or num_tokens & (num_tokens - 1):
         raise ValueError(f"{num_tokens} tokens; a power of two of at least 16 is needed")
     for name, array in (("keys", inputs.keys), ("values", inputs.values)):
-        check_dtype(name, array, inputs.arena, None)
+        check_dtype(name, array, inputs.arena, inputs.words)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from pallas_kernels.pages import AttentionShape
 from pallas_kernels.prefill_attention.ops import PrefillInputs
 from pallas_kernels.prefill_rows import VISIT_FIELDS
-from pallas_kernels.reference_pages import floats_of_pages
+from pallas_kernels.reference_pages import floats_of_pages, floats_of_tokens
 
 
 def prefill_reference(shape: AttentionShape, inputs: PrefillInputs, query_tile: int) -> jax.Array:
@@ -54,8 +54,8 @@ def _keys_values(
         filled.append(unseen.at[first : first + count].set(part[:count]))
     keys, values = filled
     if shape.window is not None:
-        keys = keys.at[start:].set(inputs.keys[begin:end].astype(jnp.float32))
-        values = values.at[start:].set(inputs.values[begin:end].astype(jnp.float32))
+        own = floats_of_tokens(inputs.keys, inputs.values, inputs.words, pages)
+        keys, values = (part.at[start:].set(new[begin:end]) for part, new in zip((keys, values), own, strict=True))
     return keys, values
 
 

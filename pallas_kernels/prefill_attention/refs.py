@@ -25,7 +25,7 @@ class Arrays(NamedTuple):
 
     queries [T, H · lanes]; own: the step's keys and values [T, K · lanes] each, or one array of both where they share a
     plane, or none; pages [pages, C, P, 128]; tables i32[S, M / 128, 128] of global layers, else None; outputs
-    [T, H · lanes].
+    [T, H · lanes]. Scales of integers are ``stretch_scales.ScaleRefs``.
     """
 
     queries: Any

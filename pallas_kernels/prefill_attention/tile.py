@@ -13,6 +13,7 @@ import dataclasses
 import jax.numpy as jnp
 
 from pallas_kernels.pages import LANES, AttentionShape, row_tile
+from pallas_kernels.scales import is_scaled
 from pallas_kernels.tiles import overrides
 
 ROWS = 1024
@@ -109,6 +110,11 @@ class PrefillTile:
         return self.shape.window is not None
 
     @property
+    def scaled(self) -> bool:
+        """Whether K/V are integers with scales."""
+        return is_scaled(self.kv_dtype)
+
+    @property
     def one_pass(self) -> bool:
         """Whether all keys of a query tile are held at once, so that no sums need rescaling."""
         return self.reads_own and self.held_keys >= _window_keys(self.shape, self.queries, self.own_tokens)
@@ -121,6 +127,8 @@ class PrefillTile:
         in_and_out = 2 * self.queries * self.group * (self.query_lanes + self.output_lanes) * 4
         of_rows = self.rows * (key_lanes * item + 4 * (self.held_keys + 3 * LANES + value_lanes))
         kv = 2 * self.planes * self.held_keys * LANES * jnp.dtype(self.kv_dtype).itemsize
+        if self.scaled:
+            kv += 4 * (4 * self.planes + 2 * self.heads) * (self.held_keys + LANES)
         return kv + self.heads * (in_and_out + of_rows) + 4 * self.queries * self.keys
 
     def check(self) -> None:
@@ -147,6 +155,12 @@ def choose_tile(shape: AttentionShape, num_tokens: int, kv_dtype: jnp.dtype, que
     tiles = 4 if shape.window is None else -(-(shape.window + queries) // KEYS)
     most_heads = max(1, ROWS * -(-4 // tiles) // (queries * shape.heads_per_kv_head))
     heads = [n for n in range(min(most_heads, kv_heads), 0, -1) if kv_heads % n == 0]
+    if is_scaled(kv_dtype):
+        # Whole rows of scales belong to a group of heads; all heads of a page have some.
+        whole = [
+            n for n in range(1, kv_heads + 1) if kv_heads % n == 0 and n * shape.pages.rows // kv_heads % LANES == 0
+        ]
+        heads = [n for n in heads if n in whole] or whole[:1]
     wanted = STREAM_KEYS if shape.window is None else _window_keys(shape, queries, queries)
     unit = max(KEYS, shape.pages.block_size)
     for held in (

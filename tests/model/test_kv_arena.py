@@ -16,9 +16,20 @@ from numpy.typing import NDArray
 
 from hkv_jax.kvcache.format import NO_SLOT, KVFormat, PageLayout
 from hkv_jax.kvcache.layout import plan_layout
-from hkv_jax.model.kv_arena import arena_shapes, as_stored, as_values, copy_blocks, read_pages, storage_dtype, write_kv
+from hkv_jax.model.kv_arena import (
+    arena_shapes,
+    as_read,
+    as_stored,
+    as_values,
+    copy_blocks,
+    read_pages,
+    rounded,
+    storage_dtype,
+    write_kv,
+)
 from hkv_jax.sharding import MODEL_AXIS, make_mesh
 from hkv_jax.testing.cache_layouts import tiny_group, tiny_layout_request
+from pallas_kernels.scales import NewKV, ScaledArena
 
 LAYERS = 3
 PAGES = 5 * LAYERS
@@ -102,7 +113,7 @@ def test_a_token_is_written_where_the_format_says_and_nothing_else_changes(fmt: 
     expected, arena = nan_arena(fmt), jnp.asarray(nan_arena(fmt))
     # The last layer too: NO_SLOT plus a layer's shift would wrap around to a row that exists.
     for layer in (1, LAYERS - 1):
-        arena = write(arena, fmt, layer, SLOTS, (tokens[0], tokens[1]))
+        arena = write(arena, fmt, layer, SLOTS, NewKV(tokens[0], tokens[1], None))
         expected = written(expected, fmt, layer, SLOTS, tokens)
         np.testing.assert_array_equal(bits(arena), bits(expected))
 
@@ -131,6 +142,49 @@ def test_blocks_are_copied_with_all_their_layers(fmt: KVFormat) -> None:
     for source, target in ((1, 2), (4, 0)):
         expected[target * LAYERS : (target + 1) * LAYERS] = expected[source * LAYERS : (source + 1) * LAYERS]
     np.testing.assert_array_equal(np.asarray(copy(arena, fmt, sources, targets)).reshape(PAGES, -1), expected)
+
+
+INTEGERS = KVFormat(PageLayout.PLANES, 32, num_kv_heads=2, head_dim=80, itemsize=1, num_layers=LAYERS)
+
+
+def test_integers_are_read_as_what_they_were_rounded_to() -> None:
+    fmt, tokens = INTEGERS, 40
+    rng = np.random.default_rng(3)
+    keys, values = rng.normal(size=(2, tokens, 2, 80)).astype(np.float32)
+    new = rounded(fmt, jnp.dtype(jnp.int8), jnp.asarray(keys), jnp.asarray(values))
+    layer, blocks = 1, np.array([3, 1], np.int32) * LAYERS
+    slots = (blocks[:, None] * 32 + np.arange(32, dtype=np.int32)).reshape(-1)[:tokens]
+    slots[5] = NO_SLOT
+    num_rows = PAGES * fmt.rows_per_page
+    nan = jnp.full((1, num_rows // 128, 128), 0x7FC00000, jnp.int32)
+    empty = ScaledArena(jnp.full((1, num_rows, 128), 99, jnp.int8), nan)
+    arena = write(empty, fmt, layer, slots, new)
+    assert isinstance(arena, ScaledArena)
+    live = np.arange(64) < tokens
+    live[5] = False
+    read_keys, read_values = (np.asarray(x) for x in read(arena, fmt, blocks + layer, live, jnp.dtype(jnp.int8)))
+    for back, expected, exact in zip((read_keys, read_values), as_read(fmt, new), (keys, values), strict=True):
+        assert back.dtype == np.float32
+        np.testing.assert_array_equal(back[:tokens][live[:tokens]], np.asarray(expected)[live[:tokens]])
+        assert np.abs(back[:tokens] - exact)[live[:tokens]].max() < 0.02
+    assert not read_values[~live].any()
+    # The words of all that was not written are as they were.
+    words = np.asarray(arena.words).reshape(PAGES, fmt.num_planes, 32)
+    written = (words != 0x7FC00000).any(axis=1)
+    assert written.sum() == tokens - 1
+    assert not written[blocks[0] + layer, 5]
+
+
+def test_scales_are_copied_with_their_blocks() -> None:
+    fmt, rng = INTEGERS, np.random.default_rng(1)
+    rows = rng.integers(-127, 128, (1, PAGES * fmt.rows_per_page, 128)).astype(np.int8)
+    words = rng.integers(0, 2**31, (1, rows.shape[1] // 128, 128)).astype(np.int32)
+    arena = ScaledArena(jnp.asarray(rows), jnp.asarray(words))
+    copied = copy(arena, fmt, np.array([LAYERS], np.int32), np.array([0], np.int32))
+    for part, before in zip(copied, (rows, words), strict=True):
+        after, pages = np.asarray(part).reshape(PAGES, -1), np.asarray(before).reshape(PAGES, -1)
+        np.testing.assert_array_equal(after[:LAYERS], pages[LAYERS : 2 * LAYERS])
+        np.testing.assert_array_equal(after[LAYERS:], pages[LAYERS:])
 
 
 def test_copies_happen_one_after_the_other() -> None:

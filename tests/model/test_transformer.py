@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hkv_jax.array_types import ArenaArray
 from hkv_jax.kvcache.format import NO_SLOT
 from hkv_jax.model.attention import GroupStep
+from hkv_jax.model.kv_arena import ArenaArray
 from hkv_jax.model.transformer import LayerPlace, ModelParameters, ModelStep, run_layers
 from hkv_jax.model.xla_attention import StepRows
 from hkv_jax.sharding import make_mesh

@@ -12,12 +12,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.pages import LANES, AttentionShape, token_planes
+from pallas_kernels.pages import AttentionShape
 from pallas_kernels.prefill_attention.ops import PrefillInputs, run
 from pallas_kernels.prefill_attention.reference import prefill_reference
 from pallas_kernels.prefill_attention.tile import PrefillTile, choose_tile
 from pallas_kernels.prefill_rows import StepTokens, prefill_rows
+from pallas_kernels.scales import NewKV
 from tests.pallas_kernels.interpreted import INTERPRET, assert_same_bits, races_found
+from tests.pallas_kernels.pools import NanPool, as_tokens, drawn_tokens
 
 NUM_LAYERS = 2
 LAYER = 1
@@ -70,7 +72,7 @@ class PrefillCase:
         tables = (rng.permutation(num_blocks)[: num_lanes * width].reshape(num_lanes, width) * NUM_LAYERS).astype(
             np.int32
         )
-        pool = np.full((num_blocks * NUM_LAYERS, pages.num_planes, pages.block_size, LANES), np.nan, np.float32)
+        pool = NanPool(pages, self.dtype, num_blocks * NUM_LAYERS)
         heads = pages.num_kv_heads
         keys = np.full((self.num_tokens, heads, pages.key_dim), np.nan, np.float32)
         values = np.full((self.num_tokens, heads, pages.value_dim), np.nan, np.float32)
@@ -83,28 +85,25 @@ class PrefillCase:
             table = tables[int(tokens.lanes[number])]
             self._fill(rng, pool, table, (first, end))
         normal = lambda *s: jnp.asarray(rng.standard_normal(s), jnp.float32)  # noqa: E731
-        dtype, query_dtype = jnp.dtype(self.dtype), jnp.dtype(self.query_dtype)
+        query_dtype, new = jnp.dtype(self.query_dtype), NewKV(*as_tokens(keys, values, pages, self.dtype))
         rows = prefill_rows(self.shape, jnp.asarray(tables), tokens, self.num_tokens, self.plan.queries)
         return PrefillInputs(
             normal(self.num_tokens, self.shape.num_heads, pages.key_dim).astype(query_dtype),
-            jnp.asarray(keys).astype(dtype),
-            jnp.asarray(values).astype(dtype),
-            jnp.asarray(pool).astype(dtype).reshape(1, -1, LANES),
+            new.keys,
+            new.values,
+            pool.arena(),
             jnp.asarray(LAYER, jnp.int32),
             rows,
             normal(self.num_tokens, self.shape.num_heads, pages.value_dim).astype(query_dtype),
             normal(self.shape.num_heads) if self.sinks else None,
+            new.words,
         )
 
-    def _fill(self, rng: np.random.Generator, pool: np.ndarray, table: np.ndarray, span: tuple[int, int]) -> None:
-        pages = self.shape.pages
-        count = max(span[1] - span[0], 0)
-        shapes = ((count, pages.num_kv_heads, dim) for dim in (pages.key_dim, pages.value_dim))
-        keys, values = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in shapes)
-        planes = np.asarray(token_planes(keys, values, pages))
+    def _fill(self, rng: np.random.Generator, pool: NanPool, table: np.ndarray, span: tuple[int, int]) -> None:
+        block = self.shape.pages.block_size
+        tokens = drawn_tokens(rng, max(span[1] - span[0], 0), self.shape.pages, self.dtype)
         for index, position in enumerate(range(*span)):
-            page = table[position // pages.block_size % len(table)] + LAYER
-            pool[page, :, position % pages.block_size] = planes[index]
+            pool.put(int(table[position // block % len(table)]) + LAYER, position % block, tokens, index)
 
 
 def check_prefill_case(case: PrefillCase) -> None:

@@ -11,9 +11,11 @@ import pytest
 
 from pallas_kernels.kv_update.items import ITEM_FIELDS, WriteItems, write_items
 from pallas_kernels.kv_update.ops import update
-from pallas_kernels.pages import LANES, NO_SLOT, PageGeometry, as_pages, token_planes
+from pallas_kernels.pages import LANES, NO_SLOT, PageGeometry
 from pallas_kernels.prefill_rows import StepTokens
+from pallas_kernels.scales import NewKV
 from tests.pallas_kernels.interpreted import INTERPRET, assert_same_bits, races_found
+from tests.pallas_kernels.pools import NanPool, drawn_tokens
 
 NUM_LAYERS = 2
 LAYER = 1
@@ -58,32 +60,32 @@ class UpdateCase:
 
 def check(case: UpdateCase) -> WriteItems:
     rng, pages, block = np.random.default_rng(0), case.pages, case.pages.block_size
-
-    def new(dim: int) -> jax.Array:
-        drawn = rng.standard_normal((case.num_tokens, pages.num_kv_heads, dim)) * 30
-        return jnp.asarray(drawn, jnp.float32).astype(case.dtype)
-
-    keys, values, slots = new(pages.key_dim), new(pages.value_dim), case.slots()
-    old = np.full((NUM_BLOCKS * NUM_LAYERS, pages.num_planes, block, LANES), np.nan, np.float32)
-    old[:, :, ::3] = rng.standard_normal(old[:, :, ::3].shape)
-    arena = (jnp.nan_to_num(jnp.asarray(old) * 30) if case.dtype == "int8" else jnp.asarray(old)).astype(case.dtype)
-    arena = arena.reshape(1, -1, LANES)
-    planes = token_planes(keys, values, pages)
-    expected = as_pages(arena, pages)
+    new = NewKV(*drawn_tokens(rng, case.num_tokens, pages, case.dtype))
+    slots, pool = case.slots(), NanPool(pages, case.dtype, NUM_BLOCKS * NUM_LAYERS)
+    others = drawn_tokens(rng, NUM_BLOCKS * NUM_LAYERS, pages, case.dtype)
+    for page in range(NUM_BLOCKS * NUM_LAYERS):
+        pool.put(page, page % block, others, page)
+    arena = pool.arena()
     for token in range(case.decode_rows, int(case.tokens.query_starts[-1])):
         if slots[token] != NO_SLOT:
             page, offset = divmod(int(slots[token]), block)
-            expected = expected.at[page + LAYER, :, offset].set(planes[token])
+            pool.put(page + LAYER, offset, new, token)
     items = jax.jit(lambda s: write_items(pages, case.tokens, s))(jnp.asarray(slots))
-    written = jax.jit(lambda *a: update(pages, a[:2], a[2], jnp.int32(LAYER), items, INTERPRET))(keys, values, arena)
+    written = jax.jit(lambda n, a: update(pages, n, a, jnp.int32(LAYER), items, INTERPRET))(new, arena)
     assert not races_found()
-    assert_same_bits(as_pages(written, pages), expected)
+    jax.tree.map(assert_same_bits, written, pool.arena())
     return items
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
 def test_rows_that_begin_and_end_anywhere(dtype: str) -> None:
     check(UpdateCase(PageGeometry(32, 2, 128, 128), ((5, 9, 0), (70, 20, 0), (64, 29, 0)), dtype=dtype))
+
+
+@pytest.mark.parametrize("block", [64, 128, 256])
+def test_scales_beside_blocks_of_several_sizes(block: int) -> None:
+    rows = ((block, block + 9, 0), (block - 5, 20, 0))
+    check(UpdateCase(PageGeometry(block, 2, 64, 64), rows, num_tokens=512, dtype="int8"))
 
 
 def test_whole_blocks_are_copied_and_edges_turned() -> None:
@@ -116,5 +118,5 @@ def test_keys_of_another_dtype_are_refused() -> None:
     pages = PageGeometry(16, 1, 128, 128)
     new = jnp.zeros((16, 1, 128), jnp.float32)
     items = WriteItems(jnp.zeros(4, jnp.int32), jnp.zeros(1, jnp.int32))
-    with pytest.raises(ValueError, match="round them to the pool's bfloat16"):
-        update(pages, (new, new), jnp.zeros((1, 64, LANES), jnp.bfloat16), jnp.int32(0), items)
+    with pytest.raises(ValueError, match="the pool bfloat16; round them to the pool's dtype"):
+        update(pages, NewKV(new, new), jnp.zeros((1, 64, LANES), jnp.bfloat16), jnp.int32(0), items)

@@ -92,6 +92,18 @@ def test_soft_cap(window: int | None) -> None:
     check_prefill_case(PrefillCase(shape_of((4, 2), (128, 128), window, soft_cap=0.7), ((50, 20, 0),), 32))
 
 
+@pytest.mark.parametrize(
+    ("dim", "block", "window", "held_keys"),
+    [(128, 32, 40, None), (64, 64, None, 256), (128, 32, 300, 256)],
+    ids=str,
+)
+def test_integers_with_scales(dim: int, block: int, window: int | None, held_keys: int | None) -> None:
+    shape = AttentionShape(PageGeometry(block, 2, dim, dim), 4, window, dim**-0.5)
+    tile = (("queries", 16), *([("held_keys", held_keys)] if held_keys else []))
+    rows = ((5, 9, 0), (390, 20, 64)) if held_keys else ((5, 9, 0), (70, 20, 64))
+    check_prefill_case(PrefillCase(shape, rows, 32, 2, "int8", tile=tile, sinks=dim == 64))
+
+
 @pytest.mark.parametrize("window", [40, None])
 def test_queries_wider_than_the_pool(window: int | None) -> None:
     shape = shape_of((4, 2), (128, 128), window)

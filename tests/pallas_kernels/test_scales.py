@@ -26,6 +26,7 @@ def test_elements_are_off_by_half_a_step(pages: PageGeometry) -> None:
         for dim in (pages.key_dim, pages.value_dim)
     ]
     rounded = quantise(jnp.asarray(parts[0]), jnp.asarray(parts[1]), pages)
+    assert rounded.words is not None
     assert rounded.words.shape == (50, pages.num_planes)
     for part, back in zip(parts, floats_of_tokens(*rounded, pages), strict=True):
         largest = np.abs(part).max(axis=-1, keepdims=True)

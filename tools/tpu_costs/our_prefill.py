@@ -15,7 +15,7 @@ from typing import Any
 
 from tools.tpu_costs.cases import Case
 from tools.tpu_costs.measured import Work
-from tools.tpu_costs.our_kernels import POOL_PAGES, attention_shape, page_token_bytes
+from tools.tpu_costs.our_kernels import arena_of_case, attention_shape, new_tokens, page_token_bytes
 from tools.tpu_costs.schedule import UNITS, Loop, Schedule
 from tools.tpu_costs.trips import Counts, largest
 
@@ -48,21 +48,20 @@ def prefill(case: Case, struct: Callable[..., Any]) -> tuple[Any, ...]:
     """One chunk of a layer."""
     import jax
 
-    from pallas_kernels.pages import LANES
     from pallas_kernels.prefill_attention import ops
     from pallas_kernels.prefill_rows import prefill_rows
 
     geometry, shape, tile = case.geometry, attention_shape(case), plan(case)
-    kv_dtype, query_dtype = _dtypes(case)
+    _, query_dtype = _dtypes(case)
     columns = -(-(case.context + case.chunk) // case.block_size) if shape.window is None else shape.table_width
     make = functools.partial(prefill_rows, shape, num_tokens=case.chunk, query_tile=tile.queries)
     rows = jax.eval_shape(make, struct((ROWS, columns), "int32"), _step_tokens(struct))
     rows = jax.tree.map(lambda x: struct(x.shape, x.dtype), rows)
     of_heads = struct((case.chunk, geometry.q_heads, geometry.head_dim), query_dtype)
-    new = struct((case.chunk, geometry.kv_heads, geometry.head_dim), kv_dtype)
-    arena = struct((1, shape.pages.rows * POOL_PAGES, LANES), kv_dtype)
+    new, words = new_tokens(case, struct, case.chunk)
     sinks = struct((geometry.q_heads,), "float32") if geometry.sinks else None
-    inputs = ops.PrefillInputs(of_heads, new, new, arena, struct((), "int32"), rows, of_heads, sinks)
+    arena = arena_of_case(case, struct)
+    inputs = ops.PrefillInputs(of_heads, new, new, arena, struct((), "int32"), rows, of_heads, sinks, words)
     return functools.partial(ops.run, tile), (inputs,)
 
 
@@ -133,9 +132,12 @@ def prefill_work(case: Case, schedule: Schedule) -> Work:
         counts.repeat(inner, num_stretches)
     entries = len(units) * (1 if tile.one_pass else num_stretches)
     scored, *weighed = _loops_with_products(schedule, inner)
+    # The step's own keys have more copies a turn than a block.
+    copies_a_block = 2 if tile.scaled else 1
     for loop in inner.loops:
         if loop not in (scored, *weighed):
-            moved = sum(unit.blocks for unit in units) if _moves_blocks(schedule, loop) else _own(units)
+            is_of_blocks = len(schedule.copies_in(loop.start, loop.end)) <= copies_a_block
+            moved = sum(unit.blocks for unit in units) if is_of_blocks else _own(units)
             counts.repeat(loop, moved / entries)
     _count_products(counts, (tile, units, entries), (scored, weighed))
     # The row has all tokens of its tiles: none is laid around what others have there.
@@ -175,26 +177,21 @@ def _loops_with_products(schedule: Schedule, loop: Loop) -> list[Loop]:
     return [other for other in loop.loops if schedule.slots[other.start : other.end, UNITS.index("MXU")].any()]
 
 
-def _moves_blocks(schedule: Schedule, loop: Loop) -> bool:
-    """Whether a loop starts or awaits copies of blocks; those of the step's own keys have several copies a turn."""
-    return len(schedule.copies_in(loop.start, loop.end)) <= 1
-
-
 def update(case: Case, struct: Callable[..., Any]) -> tuple[Any, ...]:
     """The writes of one chunk."""
     import jax
 
     from pallas_kernels.kv_update import ops
     from pallas_kernels.kv_update.items import write_items
-    from pallas_kernels.pages import LANES
+    from pallas_kernels.scales import NewKV
 
-    geometry, pages = case.geometry, attention_shape(case).pages
+    pages = attention_shape(case).pages
     slots = struct((case.chunk,), "int32")
     items = jax.eval_shape(functools.partial(write_items, pages), _step_tokens(struct), slots)
     items = jax.tree.map(lambda x: struct(x.shape, x.dtype), items)
-    new = struct((case.chunk, geometry.kv_heads, geometry.head_dim), geometry.dtype)
-    arena = struct((1, pages.rows * POOL_PAGES, LANES), geometry.dtype)
-    return functools.partial(ops.update, pages), ((new, new), arena, struct((), "int32"), items), (1,)
+    new, words = new_tokens(case, struct, case.chunk)
+    arguments = NewKV(new, new, words), arena_of_case(case, struct), struct((), "int32"), items
+    return functools.partial(ops.update, pages), arguments, (1,)
 
 
 def update_work(case: Case, schedule: Schedule) -> Work:
