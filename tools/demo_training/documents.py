@@ -12,10 +12,11 @@ import heapq
 import numpy as np
 
 from tools.demo_training import grammar, vocabulary
-from tools.demo_training.grammar import Exchange, Fact, Relation
+from tools.demo_training.grammar import Exchange, Fact, Home
 from tools.demo_training.tokenizer import WordEncoder
 
 FIRST_TOKEN_WEIGHT = 2.0
+TASK_TOKENS = 32
 LEAD_WEIGHT = 0.5
 """Of the words of an answer before the value: they must be right, too, and are copied from the question."""
 
@@ -30,13 +31,15 @@ class Plan:
         same_attribute: all facts are of one attribute and one thing; only the owners differ.
         held_out: names and values are those never trained on.
         clause_rate: share of facts with a clause between name and value.
-        relation_share: relations told, as a share of ``num_facts``; each is asked through to a fact.
-        relation_rate: how often a question through a relation comes after one for the relation itself.
+        num_homes: places told about; each has a fact, and someone whose home it is.
+        home_rate: how often a question through a home is followed by one for the home itself.
+        name_place: the answer to such a question names the place before the value.
         repeat_rate: share of the gaps filled with questions asked again instead of filler.
         remind_rate: share of the gaps filled with facts told again, whose values count as answers.
-        task_rate: share of the gaps filled with copying and counting.
+        task_rate: tasks of copying and counting, for each TASK_TOKENS tokens of the document.
         follow_up_rate: share of questions that are followed by one that refers to them.
         asked_share: share of facts that are asked about at all.
+        reminder_share: share of those that are told again instead, by the user, the value counting as an answer.
         reading_share: facts are told in the first part of the document, this share of it.
         ask_after: no fact is asked about before this share of the document, so that what comes before is one long turn.
     """
@@ -46,13 +49,15 @@ class Plan:
     same_attribute: bool
     held_out: bool = False
     clause_rate: float = 0.25
-    relation_share: float = 0.3
-    relation_rate: float = 0.2
+    num_homes: int = 0
+    home_rate: float = 0.5
+    name_place: bool = True
     repeat_rate: float = 0.0
     remind_rate: float = 0.0
     task_rate: float = 0.05
     follow_up_rate: float = 0.15
     asked_share: float = 1.0
+    reminder_share: float = 0.0
     reading_share: float = 0.6
     ask_after: float = 0.0
 
@@ -61,11 +66,12 @@ class Plan:
 class Answer:
     """Where an answer stands, ``start`` to ``start + num_tokens``, and what it needs.
 
-    ``kind`` is fact, reminder, through, follow-up, relation, copy, repeat or count. ``distance`` is tokens from the
-    value told to the value asked for, of the farther of the two facts for ``through``; 0 for what the question itself
-    holds.
+    ``kind`` is fact, place, reminder, through, follow-up, home, copy, repeat or count. ``asked`` is where its question
+    starts. ``distance`` is tokens from the value told to the value asked for, of the farther of the two facts for
+    ``through``; 0 for what the question itself holds.
     """
 
+    asked: int
     start: int
     num_tokens: int
     kind: str
@@ -83,10 +89,10 @@ class Document:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class World:
-    """What is true in a document: facts, and for some of them (by index) the relation that leads to their owner."""
+    """What is true in a document: facts, and for those about places (by index) whose home the place is."""
 
     facts: list[Fact]
-    relations: dict[int, Relation]
+    homes: dict[int, Home]
 
 
 class Writer:
@@ -105,19 +111,21 @@ class Writer:
         self._add(self._encoder.encode(sentence if self._turn_is_empty else f" {sentence}"))
         self._turn_is_empty = False
 
-    def remind(self, fact: Fact, told_at: int) -> None:
-        """The fact once more, in the user's turn."""
-        before, value = grammar.remind_of_fact(fact)
+    def remind(self, sentence: tuple[str, str], kind: str, told_at: int) -> None:
+        """A sentence once more, in the user's turn: what comes before the value, and the value."""
+        before, value = sentence
+        asked = len(self.tokens)
         self.say(before.rstrip())
-        self._answer(value, "reminder", told_at, 1.0)
+        self._answer(asked, value, kind, told_at, 1.0)
         self._add(self._encoder.encode("."))
 
     def exchange(self, exchange: Exchange, kind: str, told_at: int | None) -> None:
         """The question, then the model's turn; ``told_at`` is where the value was told."""
+        asked = len(self.tokens)
         self.say(exchange.question)
         self._add([self._marks[vocabulary.END], self._marks[vocabulary.MODEL]])
         self._add(self._encoder.encode(exchange.lead.rstrip()), LEAD_WEIGHT)
-        self._answer(exchange.answer, kind, told_at, exchange.weight)
+        self._answer(asked, exchange.answer, kind, told_at, exchange.weight)
         self._add([*self._encoder.encode("."), self._marks[vocabulary.END], self._marks[vocabulary.USER]])
         self._turn_is_empty = True
 
@@ -125,9 +133,9 @@ class Writer:
         """Tokens of a word behind a space."""
         return len(self._encoder.encode(f" {word}"))
 
-    def _answer(self, text: str, kind: str, told_at: int | None, weight: float) -> None:
+    def _answer(self, asked: int, text: str, kind: str, told_at: int | None, weight: float) -> None:
         ids, start = self._encoder.encode(f" {text}"), len(self.tokens)
-        self.answers.append(Answer(start, len(ids), kind, 0 if told_at is None else start - told_at))
+        self.answers.append(Answer(asked, start, len(ids), kind, 0 if told_at is None else start - told_at))
         # The first token decides which fact it is; the others follow it.
         self._add(ids[:1], FIRST_TOKEN_WEIGHT * weight)
         self._add(ids[1:], weight)
@@ -145,7 +153,7 @@ class _Telling:
         self.world = make_world(rng, plan)
         self.writer = Writer(encoder)
         self.fact_told: dict[int, int] = {}
-        self.relation_told: dict[int, int] = {}
+        self.home_told: dict[int, int] = {}
         self.asked: set[int] = set()
 
     def tell_fact(self, index: int) -> None:
@@ -153,51 +161,64 @@ class _Telling:
         value = self.world.facts[index].value
         self.fact_told[index] = len(self.writer.tokens) - 1 - self.writer.num_tokens(value)
 
-    def tell_relation(self, index: int) -> None:
-        relation = self.world.relations[index]
-        self.writer.say(grammar.state_relation(relation))
-        self.relation_told[index] = len(self.writer.tokens) - 1 - self.writer.num_tokens(relation.other)
+    def tell_home(self, index: int) -> None:
+        home = self.world.homes[index]
+        self.writer.say(grammar.state_home(home))
+        self.home_told[index] = len(self.writer.tokens) - 1 - self.writer.num_tokens(home.place)
 
     def ask(self, index: int) -> None:
         """Asks a fact if it was told, in one of its ways, and perhaps one more that refers to it."""
         if index not in self.fact_told:
             return
         fact = self.world.facts[index]
-        through = index in self.relation_told and (self.rng.random() < 0.7)
-        if through:
-            if self.rng.random() < self.plan.relation_rate:
-                relation = self.world.relations[index]
-                self.writer.exchange(grammar.ask_relation(relation), "relation", self.relation_told[index])
-            told_at = min(self.fact_told[index], self.relation_told[index])
-            self.writer.exchange(grammar.ask_through(self.world.relations[index], fact), "through", told_at)
-        else:
-            self.writer.exchange(grammar.ask_fact(fact), "fact", self.fact_told[index])
         self.asked.add(index)
-        if not through and self.rng.random() < self.plan.follow_up_rate:
-            self._follow_up(fact)
+        if index in self.home_told and self.rng.random() < 0.7:
+            self._ask_through(index)
+        elif self.rng.random() < self.plan.reminder_share:
+            self._remind(index)
+        else:
+            kind = "place" if index in self.world.homes else "fact"
+            self.writer.exchange(grammar.ask_fact(fact), kind, self.fact_told[index])
+            if self.rng.random() < self.plan.follow_up_rate:
+                self._follow_up(fact)
 
     def fill(self) -> None:
-        """One thing for a gap: an old question again, a task, or a sentence that says nothing."""
+        """One thing for a gap: an old question or statement again, or a sentence that says nothing."""
         draw, told = self.rng.random(), list(self.fact_told)
         if told and draw < self.plan.repeat_rate + self.plan.remind_rate:
             index = told[int(self.rng.integers(len(told)))]
             if draw < self.plan.repeat_rate:
                 self.ask(index)
             else:
-                self.writer.remind(self.world.facts[index], self.fact_told[index])
-        elif draw > 1 - self.plan.task_rate:
-            self._task()
+                self._remind(index)
         else:
             self.writer.say(grammar.filler(self.rng))
+
+    def _remind(self, index: int) -> None:
+        if index in self.home_told and self.rng.random() < 0.5:
+            sentence = grammar.remind_of_home(self.world.homes[index])
+            self.writer.remind(sentence, "home", self.home_told[index])
+        else:
+            kind = "place" if index in self.world.homes else "reminder"
+            self.writer.remind(grammar.remind_of_fact(self.world.facts[index]), kind, self.fact_told[index])
+
+    def _ask_through(self, index: int) -> None:
+        home = self.world.homes[index]
+        told_at = min(self.fact_told[index], self.home_told[index])
+        exchange = grammar.ask_through(home, self.world.facts[index], name_place=self.plan.name_place)
+        self.writer.exchange(exchange, "through", told_at)
+        # Not before: whose home it is would then be known from a few tokens back.
+        if self.rng.random() < self.plan.home_rate:
+            self.writer.exchange(grammar.ask_home(home), "home", self.home_told[index])
 
     def _follow_up(self, fact: Fact) -> None:
         for index in self.rng.permutation(list(self.fact_told)):
             other = self.world.facts[int(index)]
             if int(index) in self.asked and not self.plan.repeat_rate:
                 continue
-            if (other.attribute, other.thing) == (fact.attribute, fact.thing) and other.owner != fact.owner:
-                exchange = grammar.follow_up_owner(other)
-            elif (other.owner, other.thing) == (fact.owner, fact.thing) and other.attribute != fact.attribute:
+            if other.attribute == fact.attribute and other.holder != fact.holder:
+                exchange = grammar.follow_up_holder(other)
+            elif other.holder == fact.holder and other.attribute != fact.attribute:
                 exchange = grammar.follow_up_attribute(other)
             else:
                 continue
@@ -205,7 +226,7 @@ class _Telling:
             self.asked.add(int(index))
             return
 
-    def _task(self) -> None:
+    def set_task(self) -> None:
         kind = ("copy", "repeat", "count")[int(self.rng.integers(3))]
         if kind == "copy":
             exchange = grammar.ask_copy("".join(map(str, self.rng.integers(0, 10, grammar.COPIED_DIGITS))))
@@ -225,10 +246,12 @@ def write(rng: np.random.Generator, encoder: WordEncoder, plan: Plan) -> Documen
             if kind == "ask":
                 if index not in telling.asked or plan.repeat_rate:
                     telling.ask(index)
+            elif kind == "task":
+                telling.set_task()
             elif kind == "fact":
                 telling.tell_fact(index)
             else:
-                telling.tell_relation(index)
+                telling.tell_home(index)
         else:
             telling.fill()
     answers = [one for one in telling.writer.answers if one.start + one.num_tokens <= plan.length]
@@ -236,51 +259,52 @@ def write(rng: np.random.Generator, encoder: WordEncoder, plan: Plan) -> Documen
 
 
 def make_world(rng: np.random.Generator, plan: Plan) -> World:
-    """Facts that differ in owner, thing or attribute, and relations to the owners of some of them."""
+    """Facts that differ in owner, thing or attribute, facts about places, and whose home each of these is."""
     known = vocabulary.names(held_out=plan.held_out)
     values = vocabulary.values(held_out=plan.held_out)
     if plan.same_attribute:
-        thing, attribute = grammar.pick(rng, vocabulary.OBJECTS), grammar.pick(rng, vocabulary.ATTRIBUTES)
-        owners = _some(rng, known, plan.num_facts)
-        facts = [Fact(owner, thing, attribute, grammar.pick(rng, values)) for owner in owners]
+        thing = grammar.pick(rng, vocabulary.OBJECTS)
+        attributes: tuple[str, ...] = (grammar.pick(rng, vocabulary.ATTRIBUTES),)
+        keys = [(f"{owner}'s {thing}", attributes[0]) for owner in _some(rng, known, plan.num_facts)]
     else:
         # Few of each in some documents: then attribute and thing do not give an owner away, who must be looked up.
-        things = _some(rng, vocabulary.OBJECTS, int(rng.integers(2, len(vocabulary.OBJECTS) + 1)))
         attributes = _some(rng, vocabulary.ATTRIBUTES, int(rng.integers(2, len(vocabulary.ATTRIBUTES) + 1)))
-        low = max(2, plan.num_facts // 4, -(-2 * plan.num_facts // (len(things) * len(attributes))))
-        owners = _some(rng, known, int(rng.integers(low, max(low, plan.num_facts) + 1)))
-        keys: dict[tuple[str, str, str], None] = {}
-        while len(keys) < plan.num_facts:
-            owner, thing = grammar.pick(rng, owners), grammar.pick(rng, things)
-            keys[owner, thing, grammar.pick(rng, attributes)] = None
-            if rng.random() < 0.3 and len(keys) < plan.num_facts:
-                keys[owner, thing, grammar.pick(rng, attributes)] = None
-        facts = [Fact(*key, grammar.pick(rng, values)) for key in keys]
-    num_relations = min(round(plan.relation_share * plan.num_facts), len(known) - len(owners))
-    relatives = _some(rng, tuple(name for name in known if name not in set(owners)), num_relations)
-    kinds = (grammar.pick(rng, vocabulary.RELATIONS),) if rng.random() < 0.5 else vocabulary.RELATIONS
-    chosen = rng.permutation(plan.num_facts)[:num_relations]
-    return World(
-        facts,
-        {
-            int(index): Relation(relative, grammar.pick(rng, kinds), facts[index].owner)
-            for index, relative in zip(chosen, relatives, strict=True)
-        },
-    )
+        keys = _mixed_keys(rng, plan.num_facts, known, attributes)
+    places = _some(rng, vocabulary.HOMES, plan.num_homes)
+    residents = _some(rng, known, plan.num_homes)
+    homes = {plan.num_facts + index: Home(*pair) for index, pair in enumerate(zip(residents, places, strict=True))}
+    keys += [(f"the {place}", grammar.pick(rng, attributes)) for place in places]
+    return World([Fact(*key, grammar.pick(rng, values)) for key in keys], homes)
+
+
+def _mixed_keys(
+    rng: np.random.Generator, count: int, known: tuple[str, ...], attributes: tuple[str, ...]
+) -> list[tuple[str, str]]:
+    """Different pairs of holder and attribute: some owners have several things, some things several attributes."""
+    things = _some(rng, vocabulary.OBJECTS, int(rng.integers(2, len(vocabulary.OBJECTS) + 1)))
+    low = max(2, count // 4, -(-2 * count // (len(things) * len(attributes))))
+    owners = _some(rng, known, int(rng.integers(low, max(low, count) + 1)))
+    keys: dict[tuple[str, str], None] = {}
+    while len(keys) < count:
+        holder = f"{grammar.pick(rng, owners)}'s {grammar.pick(rng, things)}"
+        keys[holder, grammar.pick(rng, attributes)] = None
+        if rng.random() < 0.3 and len(keys) < count:
+            keys[holder, grammar.pick(rng, attributes)] = None
+    return list(keys)
 
 
 def _schedule(rng: np.random.Generator, world: World, plan: Plan) -> list[tuple[float, str, int]]:
-    """When each fact and relation is told, and when each is asked: a heap of (token position, kind, index)."""
+    """When each fact and home is told, and when each is asked: a heap of (token position, kind, index)."""
     events: list[tuple[float, str, int]] = []
     end = 0.97 * plan.length
     for index in range(len(world.facts)):
         told = rng.random() * plan.reading_share * plan.length
         events.append((told, "fact", index))
         latest = told
-        if index in world.relations:
-            relation_told = rng.random() * plan.reading_share * plan.length
-            events.append((relation_told, "relation", index))
-            latest = max(told, relation_told)
+        if index in world.homes:
+            home_told = rng.random() * plan.reading_share * plan.length
+            events.append((home_told, "home", index))
+            latest = max(told, home_told)
         if rng.random() < plan.asked_share:
             shortest = np.log(24.0)
             delay = np.exp(shortest + rng.random() * (np.log(end) - shortest))
@@ -288,6 +312,8 @@ def _schedule(rng: np.random.Generator, world: World, plan: Plan) -> list[tuple[
             uniform = earliest + rng.random() * (end - earliest)
             asked = latest + delay if rng.random() < 0.4 and earliest <= latest + delay < end else uniform
             events.append((asked, "ask", index))
+    num_tasks = int(rng.poisson(plan.task_rate * plan.length / TASK_TOKENS))
+    events += [(rng.random() * end, "task", index) for index in range(num_tasks)]
     heapq.heapify(events)
     return events
 

@@ -66,7 +66,7 @@ def plan(length: int, num_facts: int, kind: str) -> Plan:
         same_attribute=kind == "same attribute",
         held_out=True,
         clause_rate=0.1 if crowded else 0.3,
-        relation_share=0.15 if crowded else 0.4,
+        num_homes=min(16, max(6, num_facts // 3)),
         follow_up_rate=0.1,
         asked_share=0.5 if crowded else 1.0,
         reading_share=0.7,

@@ -13,7 +13,7 @@ import numpy as np
 from tools.demo_training import vocabulary as words
 
 MAX_CLAUSE_PARTS = 5
-THROUGH_WEIGHT = 3.0
+THROUGH_WEIGHT = 1.5
 """Questions that take two lookups are the hardest, and not the most frequent."""
 COPIED_DIGITS = 27
 """Digits of a number to copy. Each is copied 31 tokens later: after the rest of them, ".", the marks that end the turn
@@ -22,21 +22,19 @@ and open the answer, "It" and "is", and read from one token before."""
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Fact:
-    """``attribute`` of ``owner``'s ``thing`` is ``value``."""
+    """``attribute`` of ``holder`` is ``value``; a holder is someone's thing ("Ada's box") or a place ("the mill")."""
 
-    owner: str
-    thing: str
+    holder: str
     attribute: str
     value: str
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Relation:
-    """``owner``'s ``kind`` (friend, cousin) is ``other``."""
+class Home:
+    """``owner`` lives at ``place``."""
 
     owner: str
-    kind: str
-    other: str
+    place: str
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -56,7 +54,7 @@ def pick(rng: np.random.Generator, choices: tuple[str, ...]) -> str:
 
 def state_fact(rng: np.random.Generator, fact: Fact, clause_rate: float) -> str:
     """A sentence that tells a fact; with probability ``clause_rate`` a clause parts the name from the value."""
-    head = f"The {fact.attribute} of {fact.owner}'s {fact.thing}"
+    head = f"The {fact.attribute} of {fact.holder}"
     if rng.random() < clause_rate:
         return f"{head}, {_clause(rng)}, is {fact.value}."
     return f"{head} is {fact.value}."
@@ -64,35 +62,46 @@ def state_fact(rng: np.random.Generator, fact: Fact, clause_rate: float) -> str:
 
 def remind_of_fact(fact: Fact) -> tuple[str, str]:
     """A sentence that tells a fact again: what comes before the value, and the value."""
-    return f"The {fact.attribute} of {fact.owner}'s {fact.thing} is ", fact.value
+    return f"The {fact.attribute} of {fact.holder} is ", fact.value
 
 
-def state_relation(relation: Relation) -> str:
-    """A sentence that tells a relation."""
-    return f"{relation.owner}'s {relation.kind} is {relation.other}."
+def remind_of_home(home: Home) -> tuple[str, str]:
+    """A sentence that tells again where someone lives: what comes before the place, and the place."""
+    return f"{home.owner}'s {words.HOME} is the ", home.place
+
+
+def state_home(home: Home) -> str:
+    """A sentence that tells where someone lives."""
+    return f"{home.owner}'s {words.HOME} is the {home.place}."
 
 
 def ask_fact(fact: Fact) -> Exchange:
     """The question for a fact. An answer is a whole sentence that says what it is about."""
-    about = f"{fact.attribute} of {fact.owner}'s {fact.thing}"
+    about = f"{fact.attribute} of {fact.holder}"
     return Exchange(f"What is the {about}?", f"The {about} is ", fact.value)
 
 
-def ask_relation(relation: Relation) -> Exchange:
-    """The question for a relation."""
-    about = f"{relation.owner}'s {relation.kind}"
-    return Exchange(f"Who is {about}?", f"{about} is ", relation.other)
+def ask_home(home: Home) -> Exchange:
+    """The question for where someone lives."""
+    about = f"{home.owner}'s {words.HOME}"
+    return Exchange(f"What is {about}?", f"{about} is the ", home.place)
 
 
-def ask_through(relation: Relation, fact: Fact) -> Exchange:
-    """The question for a fact whose owner is only named by a relation: two facts must be found, one after the other."""
-    about = f"{fact.attribute} of {relation.owner}'s {relation.kind}'s {fact.thing}"
-    return Exchange(f"What is the {about}?", f"The {about} is ", fact.value, weight=THROUGH_WEIGHT)
+def ask_through(home: Home, fact: Fact, *, name_place: bool) -> Exchange:
+    """The question for a fact about a place that is only named as a home: two lookups, one after the other.
+
+    Where the answer does not name the place, both are made for one token.
+    """
+    about = f"{fact.attribute} of {home.owner}'s {words.HOME}"
+    lead, answer = (
+        (f"The {about}, the ", f"{home.place}, is {fact.value}") if name_place else (f"The {about} is ", fact.value)
+    )
+    return Exchange(f"What is the {about}?", lead, answer, weight=THROUGH_WEIGHT)
 
 
-def follow_up_owner(fact: Fact) -> Exchange:
-    """Asks what was asked before, of another owner."""
-    return dataclasses.replace(ask_fact(fact), question=f"And of {fact.owner}'s {fact.thing}?")
+def follow_up_holder(fact: Fact) -> Exchange:
+    """Asks what was asked before, of another holder."""
+    return dataclasses.replace(ask_fact(fact), question=f"And of {fact.holder}?")
 
 
 def follow_up_attribute(fact: Fact) -> Exchange:

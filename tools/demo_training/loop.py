@@ -5,6 +5,7 @@ Owns: the loss and the order of things. Must never: know what a document says.
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -36,7 +37,8 @@ def loss(
 ) -> tuple[jax.Array, jax.Array]:
     """Weighted mean cross-entropy of answers plus a tenth of that of all other tokens; and which tokens were foreseen.
 
-    tokens i32[B, T], weights f32[B, T], gates f32[global layers] → a scalar, and bool[B, T] (the first column false).
+    tokens i32[B, T], weights f32[B, T], gates f32[global layers, B, T] → a scalar, and bool[B, T]; the first column
+    false.
     """
     logits = forward(shape, parameters, tokens, global_gates)[:, :-1]
     targets = jax.nn.one_hot(tokens[:, 1:], shape.vocab_size)
@@ -53,11 +55,11 @@ def train(
     folder: Path, shape: Shape, seed: int, say: Callable[[str], None], stages: tuple[Stage, ...] = curriculum.STAGES
 ) -> State:
     """Train to the end of the last stage, from the checkpoint in ``folder`` where there is one."""
-    transform = optimiser.make(curriculum.total_steps(stages))
+    transform = optimiser.make(min(curriculum.DECAY_STEPS, curriculum.total_steps(stages)))
     parameters = initial_parameters(shape, seed)
     identity: dict[str, Any] = {
         "seed": seed,
-        "stages": [(stage.length, stage.batch, stage.steps) for stage in stages],
+        "stages": [dataclasses.astuple(stage) for stage in stages],
         "vocab_size": shape.vocab_size,
     }
     state = checkpoint.restore(folder, State(parameters, transform.init(parameters)), identity)
@@ -66,12 +68,12 @@ def train(
     tally, started, tokens_done = Tally(), time.perf_counter(), 0
     while state.step < total:
         stage = curriculum.stage_at(state.step, stages)
-        if state.step == curriculum.COPY_STEP:
+        if curriculum.begins_with_copy(state.step, stages):
             state.parameters = copy_global_attention(shape, state.parameters)
         batch = curriculum.draw_batch(encoder, stage, seed, state.step)
         tokens, weights = as_arrays(batch.documents)
         value, right, state.parameters, state.optimiser = _step(
-            shape, transform, state.parameters, state.optimiser, (tokens, weights, np.asarray(batch.gates, np.float32))
+            shape, transform, state.parameters, state.optimiser, (tokens, weights, batch.gates)
         )
         tally.add(float(value), batch, np.asarray(right))
         state.step, tokens_done = state.step + 1, tokens_done + tokens.size
@@ -102,12 +104,12 @@ class Tally:
         self._right: defaultdict[str, list[bool]] = defaultdict(list)
 
     def add(self, value: float, batch: Batch, right: NDArray[np.bool_]) -> None:
-        """One step's outcome; ``right`` as ``loss`` gives it. Steps without a global layer are counted apart."""
+        """One step's outcome; ``right`` as ``loss`` gives it. Answers of a part of the model are counted apart."""
         self._losses.append(value)
-        suffix = "" if min(batch.gates) == 1.0 else f" without {batch.gates.index(0.0) + 1}"
-        for document, row in zip(batch.documents, right, strict=True):
+        for index, document in enumerate(batch.documents):
             for answer in document.answers:
-                whole = row[answer.start : answer.start + answer.num_tokens].all()
+                suffix = "" if batch.gates[:, index, answer.asked].all() else " apart"
+                whole = right[index, answer.start : answer.start + answer.num_tokens].all()
                 self._right[answer.kind + suffix].append(bool(whole))
 
     def take(self) -> dict[str, float]:

@@ -30,7 +30,7 @@ Parameters = dict[str, jax.Array]
 QUERY_BLOCK = 256
 """Queries of a global layer that are attended at once; bounds the scores in memory to heads × 256 × T."""
 _EPS = 1e-6
-_INITIAL_SCALE, _INITIAL_SHARPNESS = 0.2, 0.3
+_INITIAL_SCALE, _INITIAL_SHARPNESS, _INITIAL_BRANCH = 0.2, 0.3, 0.3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,11 +45,11 @@ class Shape:
     hidden: int = 128
     intermediate: int = 128
     num_heads: int = 4
-    head_dim: int = 32
+    head_dim: int = 64
     windows: tuple[int | None, ...] = (*(32,) * 5, None, *(32,) * 5, None)
     globals_at: tuple[int, ...] = (5, 11)
     theta: float = 1_000_000.0
-    factor: float = 1_000.0
+    factor: float = 10_000.0
     local_theta: float = 10_000.0
 
     @property
@@ -59,8 +59,8 @@ class Shape:
 
 
 def default_shape() -> Shape:
-    """The demo model's: its vocabulary is the tokenizer's, filled up to a multiple of 128."""
-    return Shape(-(-len(tokenizer.token_names()) // 128) * 128)
+    """The demo model's: its vocabulary is the tokenizer's, filled up to a multiple of 64."""
+    return Shape(-(-len(tokenizer.token_names()) // 64) * 64)
 
 
 def initial_parameters(shape: Shape, seed: int) -> Parameters:
@@ -88,6 +88,8 @@ def initial_parameters(shape: Shape, seed: int) -> Parameters:
     }
     norms = ("attention_norm", "post_attention_norm", "mlp_norm", "post_mlp_norm")
     parameters |= {name: np.zeros((layers, hidden), np.float32) for name in norms}
+    for name in ("post_attention_norm", "post_mlp_norm"):
+        parameters[name] += np.float32(_INITIAL_BRANCH - 1)
     parameters |= {
         name: np.full((layers, shape.head_dim), _INITIAL_SHARPNESS, np.float32) for name in ("q_norm", "k_norm")
     }
@@ -104,8 +106,8 @@ def forward(
 ) -> jax.Array:
     """Logits of every position: i32[B, T] → f32[B, T, V]. T is a multiple of every window.
 
-    ``global_gates`` f32[global layers] multiply what the attention of each global layer adds; training leaves one out
-    now and then.
+    ``global_gates`` f32[global layers, B, T] multiply what the attention of each global layer adds at each position;
+    training leaves one out now and then.
     """
     batch, length = tokens.shape
     # A product with one-hot rows, no lookup: its gradient is a product too, where a lookup's is a slow scatter.
@@ -125,8 +127,9 @@ def forward(
         )
         branch = attended.reshape(batch, length, -1) @ weights["o"]
         branch = rms_norm(branch, weights["post_attention_norm"])
-        gate = global_gates[shape.globals_at.index(layer)] if is_global and global_gates is not None else 1.0
-        x = x + gate * branch
+        if is_global and global_gates is not None:
+            branch = branch * global_gates[shape.globals_at.index(layer), :, :, None]
+        x = x + branch
         normed = rms_norm(x, weights["mlp_norm"])
         branch = (jax.nn.gelu(normed @ weights["gate"], approximate=True) * (normed @ weights["up"])) @ weights["down"]
         x = x + rms_norm(branch, weights["post_mlp_norm"])

@@ -5,7 +5,6 @@ Owns: the list of damages to the engine. Must never: judge them.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -40,7 +39,7 @@ def options(folder: Path, changes: SpecChanges = ()) -> ProbeOptions:
 
 def questions() -> list[Question]:
     """What the recall test asks, too."""
-    return recall_questions(LENGTH, num_facts=12, per_document=4, num_copies=2)
+    return recall_questions(LENGTH, num_facts=12, num_copies=4)
 
 
 def spec_damages(spec: ModelSpec) -> dict[str, SpecChanges]:
@@ -68,8 +67,7 @@ def damaged_run(folder: Path, name: str) -> PagedRun:
     """
     if name == WRONG_ENTRY:
         return PagedRun(options(folder), CHUNK, together=False, damage=cache_damages()[name])
-    small_steps = dataclasses.replace(options(folder), max_num_batched_tokens=BLOCK_SIZE)
-    return PagedRun(small_steps, BLOCK_SIZE, crowded=True, damage=cache_damages()[name])
+    return PagedRun(options(folder), BLOCK_SIZE, crowded=True, damage=cache_damages()[name])
 
 
 def damage_scores(folder: Path) -> dict[str, Score]:

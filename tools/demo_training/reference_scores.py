@@ -58,7 +58,7 @@ class Outcome:
 
 def compare(folder: Path, venv: Path | None) -> Outcome:
     """Run all three on the same questions."""
-    questions = [one for length in LENGTHS for one in recall_questions(length, 12, 4, 1)]
+    questions = [one for length in LENGTHS for one in recall_questions(length, 12, 1)]
     prompts = [question.prompt for question in questions]
     reference = _transformers(folder, prompts, venv)
     shape, parameters = model.load(folder)

@@ -22,7 +22,16 @@ CROWDED_SAME_ATTRIBUTE_GOAL = 0.95
 """At 100 facts that differ in the name alone."""
 MOST_APART = 0.02
 """Of two training seeds' shares."""
-_OTHER_KINDS = ("through", "follow-up", "relation", "copy", "repeat", "count")
+_OTHER_KINDS = {
+    "through": "through a home",
+    "home": "a home",
+    "place": "a fact about a place",
+    "follow-up": "follow-up",
+    "copy": "copy of a number",
+    "repeat": "words again",
+    "count": "count",
+}
+_DAMAGE_KINDS = ("home", "place", "through", "copy")
 Scores = dict[Cell, Score]
 
 
@@ -36,7 +45,7 @@ def write_recall(options: argparse.Namespace) -> bool:
             goal = CROWDED_SAME_ATTRIBUTE_GOAL if (kind, count) == ("same attribute", 100) else GOAL
             good = good and all(cell.asked and cell.share >= goal for cell in cells)
             rows.append([f"{kind}, {count} facts", *(f"{percent(cell)} ({cell.asked})" for cell in cells)])
-    others = [(kind, total(scores, _of_kind(kind))) for kind in _OTHER_KINDS]
+    others = [(name, total(scores, _of_kind(kind))) for kind, name in _OTHER_KINDS.items()]
     lines = [
         f"Exact value, greedy, % (questions asked). {options.documents} documents of 4,096 tokens a row.",
         "",
@@ -59,8 +68,10 @@ def write_seeds(options: argparse.Namespace) -> bool:
             pair = [total(each, _of_row(kind, count)) for each in (ours, theirs)]
             good = good and abs(pair[0].share - pair[1].share) <= MOST_APART
             rows.append([f"{kind}, {count} facts", *map(percent, pair)])
-    pair = [total(each, _of_kind("through")) for each in (ours, theirs)]
-    rows.append(["through a relation", *map(percent, pair)])
+    rows += [
+        [_OTHER_KINDS[kind], *(percent(total(each, _of_kind(kind))) for each in (ours, theirs))]
+        for kind in ("through", "copy")
+    ]
     seeds = [_curve(folder)["seed"] for folder in (options.model, options.other)]
     headings = ["document", f"seed {seeds[0]} (shipped)", f"seed {seeds[1]}"]
     replace_section(options.model / CARD, "seeds", table(headings, rows))
@@ -78,12 +89,12 @@ def write_damage(options: argparse.Namespace) -> bool:
     rows = []
     for name in dict.fromkeys((*dense, *paged)):
         scores = dense.get(name, {})
-        near = total(scores, lambda cell: cell.answer == "fact" and cell.bucket <= BUCKETS[0])
-        far = total(scores, lambda cell: cell.answer == "fact" and cell.bucket > BUCKETS[0])
+        facts = [total(scores, _of_facts(far=far)) for far in (False, True)]
         one = paged[name]
-        columns = [near, far, total(scores, _of_kind("through")), total(scores, _of_kind("copy"))]
+        columns = facts + [total(scores, _of_kind(kind)) for kind in _DAMAGE_KINDS]
         rows.append([name, *map(percent, columns), f"{one.right} of {one.asked}"])
-    headings = ["damage", "facts ≤ 256 back", "facts farther", "through a relation", "copies", "paged engine"]
+    kinds = [_OTHER_KINDS[kind] for kind in _DAMAGE_KINDS]
+    headings = ["damage", "facts ≤ 256 back", "facts farther", *kinds, "paged engine"]
     replace_section(options.model / CARD, "damage", table(headings, rows))
     return all((one.right == one.asked) == (name == "none") for name, one in paged.items())
 
@@ -96,11 +107,11 @@ def write_transformers(options: argparse.Namespace) -> bool:
 
 
 def write_curve(options: argparse.Namespace) -> bool:
-    """The training curve, every tenth report."""
+    """The training curve, every fifth report."""
     record = _curve(options.model)
     reports = record["curve"]
     chosen = [*reports[:-1:5], reports[-1]]
-    kinds = ("fact", "through", "copy", "count")
+    kinds = ("fact", "home apart", "place apart", "through", "copy apart")
     rows = [
         [str(one["step"]), str(one["length"]), f"{one['loss']:.3f}"]
         + [f"{100 * one[kind]:.0f}" if kind in one else "–" for kind in kinds]
@@ -127,6 +138,10 @@ def _recall(scores: Scores, kind: str, num_facts: int, bucket: int) -> Score:
 
 def _of_row(kind: str, num_facts: int) -> Callable[[Cell], bool]:
     return lambda cell: (cell.document, cell.num_facts, cell.answer) == (kind, num_facts, "fact")
+
+
+def _of_facts(*, far: bool) -> Callable[[Cell], bool]:
+    return lambda cell: cell.answer == "fact" and (cell.bucket > BUCKETS[0]) == far
 
 
 def _of_kind(kind: str) -> Callable[[Cell], bool]:

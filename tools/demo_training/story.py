@@ -27,7 +27,7 @@ class Story:
 def tell(seed: int, num_tokens: int, num_facts: int) -> Story:
     """A story whose facts are all of one attribute and thing, told at random places of it; names are held-out ones."""
     rng, encoder = np.random.default_rng(seed), WordEncoder()
-    plan = Plan(length=num_tokens, num_facts=num_facts, same_attribute=True, held_out=True, relation_share=0.0)
+    plan = Plan(length=num_tokens, num_facts=num_facts, same_attribute=True, held_out=True)
     world = documents.make_world(rng, plan)
     told = [(float(rng.random()), grammar.state_fact(rng, fact, 0.3), grammar.ask_fact(fact)) for fact in world.facts]
     told.sort(key=lambda one: one[0])

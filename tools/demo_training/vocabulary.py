@@ -90,7 +90,13 @@ NAME_ENDS = (
 )
 ATTRIBUTES = ("key", "code", "size", "price", "weight", "number", "mark", "length")
 OBJECTS = ("box", "door", "boat", "bag", "clock", "house", "cart", "coat", "drum", "lamp", "map", "ring")
-RELATIONS = ("friend", "cousin", "teacher", "neighbor", "boss")
+HOME = "home"
+HOMES = (
+    *("abbey", "bakery", "barn", "cabin", "castle", "cave", "chapel", "cottage", "dairy", "dock"),
+    *("farm", "ferry", "fort", "fountain", "gate", "hall", "hotel", "inn", "jetty", "library"),
+    *("lodge", "manor", "museum", "orchard", "palace", "park", "pier", "pond", "school", "shop"),
+    *("square", "stable", "station", "temple", "theater", "vault", "well", "windmill", "workshop", "yard"),
+)
 COUNTED = ("bird", "star", "apple", "stone", "coin", "leaf")
 REPEATED = ("river", "stone", "bird", "lamp", "apple", "moon", "horse", "bell", "cloud", "tree", "fish", "gold")
 
@@ -166,7 +172,8 @@ WORDS = tuple(
             *LINKS,
             *ATTRIBUTES,
             *OBJECTS,
-            *RELATIONS,
+            HOME,
+            *HOMES,
             *COUNTED,
             *REPEATED,
             *SUBJECTS,

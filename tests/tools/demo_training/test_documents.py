@@ -26,9 +26,10 @@ def text(tokens: list[int]) -> str:
 
 @pytest.mark.parametrize("same_attribute", [False, True])
 def test_an_answer_is_what_was_told(same_attribute: bool) -> None:
-    document = written(same_attribute=same_attribute, relation_share=0.5)
-    asked = [one for one in document.answers if one.kind in ("fact", "follow-up", "reminder", "relation")]
-    assert asked
+    document = written(same_attribute=same_attribute, num_homes=6, reminder_share=0.6, home_rate=1.0)
+    kinds = ("fact", "follow-up", "reminder", "home", "place")
+    asked = [one for one in document.answers if one.kind in kinds]
+    assert {one.kind for one in asked} >= {"fact", "reminder", "home"}
     for answer in asked:
         said = document.tokens[answer.start : answer.start + answer.num_tokens]
         told = answer.start - answer.distance
@@ -37,7 +38,7 @@ def test_an_answer_is_what_was_told(same_attribute: bool) -> None:
 
 
 def test_weights_mark_answers_and_nothing_else() -> None:
-    document = written(task_rate=0.2)
+    document = written(task_rate=0.2, reminder_share=0.0)
     marked = {i for one in document.answers for i in range(one.start, one.start + one.num_tokens)}
     weighted = {index for index, weight in enumerate(document.weights) if weight > 0}
     assert marked <= weighted
@@ -62,26 +63,73 @@ def test_each_fact_is_asked_once_in_evaluation() -> None:
 def test_facts_of_one_attribute_differ_in_the_owner_alone() -> None:
     rng = np.random.default_rng(0)
     world = documents.make_world(rng, Plan(length=256, num_facts=30, same_attribute=True))
-    assert len({(fact.attribute, fact.thing) for fact in world.facts}) == 1
-    assert len({fact.owner for fact in world.facts}) == 30
+    owners, things = zip(*(fact.holder.split("'s ") for fact in world.facts), strict=True)
+    assert len({(fact.attribute, thing) for fact, thing in zip(world.facts, things, strict=True)}) == 1
+    assert len(set(owners)) == 30
 
 
-def test_a_relation_leads_to_the_owner_of_its_fact() -> None:
-    plan = Plan(length=256, num_facts=20, same_attribute=False, relation_share=0.5)
+@pytest.mark.parametrize("same_attribute", [False, True])
+def test_a_home_leads_to_the_place_of_its_fact(same_attribute: bool) -> None:
+    plan = Plan(length=256, num_facts=20, same_attribute=same_attribute, num_homes=10)
     world = documents.make_world(np.random.default_rng(0), plan)
-    assert len(world.relations) == 10
-    owners = {fact.owner for fact in world.facts}
-    for index, relation in world.relations.items():
-        assert relation.other == world.facts[index].owner
-        assert relation.owner not in owners
+    assert len(world.homes) == 10
+    assert len(world.facts) == 30
+    for index, home in world.homes.items():
+        assert world.facts[index].holder == f"the {home.place}"
+    assert len({home.owner for home in world.homes.values()}) == 10
+
+
+def test_a_question_through_a_home_tells_nothing_of_the_place() -> None:
+    document = written(num_homes=12, num_facts=2, same_attribute=True)
+    through = [one for one in document.answers if one.kind == "through"]
+    assert len(through) > 4
+    for answer in through:
+        near = text(document.tokens[answer.asked - 3 : answer.start])
+        assert "'s home" in near
+        assert not set(vocabulary.HOMES) & set(near.replace("?", " ").replace(".", " ").split())
+
+
+@pytest.mark.parametrize("name_place", [False, True])
+def test_the_answer_to_it_gives_the_fact_of_the_place(name_place: bool) -> None:
+    document = written(num_homes=12, num_facts=2, same_attribute=True, name_place=name_place)
+    said = text(document.tokens)
+    through = [one for one in document.answers if one.kind == "through"]
+    assert through
+    for answer in through:
+        question = text(document.tokens[answer.asked : answer.start])
+        attribute, owner = question.partition("What is the ")[2].partition("'s home?")[0].split(" of ")
+        place = said.partition(f"{owner}'s home is the ")[2].partition(".")[0]
+        value = said.partition(f"The {attribute} of the {place}")[2].partition(".")[0].split()[-1]
+        expected = f"{place}, is {value}" if name_place else value
+        assert text(document.tokens[answer.start : answer.start + answer.num_tokens]).strip() == expected
+
+
+def test_the_last_layer_is_copied_once_and_only_when_its_stage_begins() -> None:
+    steps = [step for step in range(curriculum.total_steps()) if curriculum.begins_with_copy(step)]
+    assert len(steps) == 1
+    assert curriculum.stage_at(steps[0]) is not curriculum.stage_at(steps[0] - 1)
+
+
+def test_the_first_global_layer_is_kept_for_homes_and_the_last_for_places() -> None:
+    document = written(num_homes=12, task_rate=0.4)
+    gates = curriculum.draw_gates(np.random.default_rng(0), document, 1.0)
+    expected = {"home": (1, 0), "place": (0, 1), "through": (1, 1), "fact": (1, 1), "copy": (0, 0), "count": (0, 0)}
+    seen = set()
+    for answer in document.answers:
+        if answer.kind in expected:
+            seen.add(answer.kind)
+            span = gates[:, answer.asked : answer.start + answer.num_tokens]
+            assert (span == np.array(expected[answer.kind])[:, None]).all(), answer
+    assert seen == set(expected)
+    assert (curriculum.draw_gates(np.random.default_rng(0), document, 0.0) == 1).all()
 
 
 def test_names_and_values_of_evaluation_are_never_trained() -> None:
     trained = set(vocabulary.names(held_out=False)) | set(vocabulary.values(held_out=False))
     for document in evaluation.evaluation_documents(1, 40, "mixed"):
         for answer in document.answers:
-            said = text(document.tokens[answer.start : answer.start + answer.num_tokens]).strip()
-            if answer.kind in ("fact", "through", "follow-up", "relation"):
+            said = text(document.tokens[answer.start : answer.start + answer.num_tokens]).split()[-1]
+            if answer.kind in ("fact", "place", "through", "follow-up"):
                 assert said not in trained
 
 
@@ -98,7 +146,7 @@ def test_a_copied_digit_is_read_from_exactly_a_window_back() -> None:
 
 def test_a_clause_can_put_a_window_between_name_and_value() -> None:
     rng = np.random.default_rng(0)
-    fact = grammar.Fact("Ada", "box", "key", "4713")
+    fact = grammar.Fact("Ada's box", "key", "4713")
     lengths = []
     for _ in range(300):
         tokens = ENCODER.encode(grammar.state_fact(rng, fact, 1.0))
@@ -108,7 +156,7 @@ def test_a_clause_can_put_a_window_between_name_and_value() -> None:
 
 
 def test_ids_are_those_of_the_tokenizer() -> None:
-    document = written(task_rate=0.2, relation_share=0.4)
+    document = written(task_rate=0.2, num_homes=4)
     whole = build().encode(text(document.tokens), add_special_tokens=False)
     assert whole.ids == document.tokens
 

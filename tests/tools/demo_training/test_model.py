@@ -20,8 +20,10 @@ from tools.demo_training.dense_damage import damaged_shapes
 from tools.demo_training.softmax_attention import attend
 from tools.demo_training.tokenizer import WordEncoder
 
-TINY = model.Shape(384, hidden=16, intermediate=16, num_heads=2, head_dim=8, windows=(32, None), globals_at=(1,))
-STAGES = (Stage(64, 2, 3, 0.5, 0.2, 0.5), Stage(128, 1, 2, 0.0, 0.0, 0.0))
+TINY = model.Shape(
+    448, hidden=16, intermediate=16, num_heads=2, head_dim=8, windows=(32, None, None), globals_at=(1, 2)
+)
+STAGES = (Stage(64, 2, 3, 0.5, 0.2, 0.5), Stage(128, 1, 2, 0.0, 0.0, 0.0, copy_first=True))
 
 
 def naive(queries: np.ndarray, keys: np.ndarray, values: np.ndarray, window: int | None) -> np.ndarray:
@@ -84,7 +86,7 @@ def test_the_default_folder_is_the_hybrid_model_it_should_be(tmp_path: Path) -> 
 def test_every_damage_changes_the_logits() -> None:
     shape = dataclasses.replace(TINY, windows=(32, None, 32, None), globals_at=(1, 3))
     parameters = model.initial_parameters(shape, 0)
-    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 384, (1, 128)))
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 448, (1, 128)))
     logits = {name: np.asarray(model.forward(one, parameters, tokens)) for name, one in damaged_shapes(shape).items()}
     whole = logits.pop("none")
     assert set(logits) >= {"window 4", "window 16", "window 31", "window 33", "global layer 1 windowed", "RoPE swapped"}
