@@ -21,8 +21,13 @@ from hkv_jax.sampling_params import SamplingParams
 
 pytestmark = pytest.mark.slow
 
-VOCAB, HIDDEN, NUM_TOKENS = 128, 64, 6
-PROMPT_LENGTHS = (1, 150, 17, 40)
+VOCAB, HIDDEN, NUM_TOKENS = 128, 64, 4
+
+PROMPT_LENGTHS = {
+    "float32": (1, 150, 16, 31, 33, 48, 63, 65, 127),
+    "bfloat16": (1, 150, 2, 15, 17, 32, 47, 49, 64, 128, 149),
+}
+"""Around the sizes of chunks, blocks and windows; between the two dtypes of a head dim, every one."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,8 +90,10 @@ class TinyModel:
         return {name: tensor.astype(dtype) for name, tensor in tensors.items()}
 
 
-def greedy_tokens(folder: Path, backend: str, **options: object) -> tuple[dict[str, list[int]], PageLayout]:
-    """Tokens by request of prompts of every length, run together, and the layout of the pages."""
+def greedy_tokens(
+    folder: Path, backend: str, lengths: tuple[int, ...], **options: object
+) -> tuple[dict[str, list[int]], PageLayout]:
+    """Tokens by request of prompts of these lengths, run together, and the layout of the pages."""
     config = EngineConfig(
         model=folder,
         attention_backend=backend,
@@ -100,7 +107,7 @@ def greedy_tokens(folder: Path, backend: str, **options: object) -> tuple[dict[s
     rng = np.random.default_rng(0)
     params = SamplingParams(max_tokens=NUM_TOKENS, temperature=0, ignore_eos=True)
     tokens: dict[str, list[int]] = {}
-    for length in PROMPT_LENGTHS:
+    for length in lengths:
         tokens[str(length)] = []
         parts.engine.add(Request.create(str(length), rng.integers(3, VOCAB, length).tolist(), params))
     while parts.engine.has_work:
@@ -113,7 +120,10 @@ def greedy_tokens(folder: Path, backend: str, **options: object) -> tuple[dict[s
     ("model", "devices"),
     [
         (TinyModel(64, 2, 64, "float32"), 1),
+        (TinyModel(64, 1, 48, "bfloat16"), 1),
         (TinyModel(128, 2, 48, "float32"), 2),
+        (TinyModel(128, 1, 16, "bfloat16"), 1),
+        (TinyModel(256, 2, 48, "float32"), 1),
         (TinyModel(256, 1, 32, "bfloat16"), 1),
     ],
     ids=str,
@@ -122,12 +132,13 @@ def test_greedy_tokens_are_those_of_xla(
     model: TinyModel, devices: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = model.write(tmp_path)
-    expected, _ = greedy_tokens(folder, "auto")
+    lengths = PROMPT_LENGTHS[model.dtype]
+    expected, _ = greedy_tokens(folder, "auto", lengths)
     assert {len(tokens) for tokens in expected.values()} == {NUM_TOKENS}
     distinct = {token for tokens in expected.values() for token in tokens}
     assert len(distinct) >= 10, "tokens that repeat would be the same whatever attention gives"
     with caplog.at_level(logging.WARNING):
-        found, page_layout = greedy_tokens(folder, "pallas", tensor_parallel_size=devices)
+        found, page_layout = greedy_tokens(folder, "pallas", lengths, tensor_parallel_size=devices)
     assert found == expected
     assert page_layout is PageLayout.PLANES
     assert "interpreted" in caplog.text
