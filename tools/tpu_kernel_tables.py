@@ -1,6 +1,6 @@
 """The kernels' tables in docs/benchmarks.md: what was read from the compiler and modelled, beside the goals.
 
-    python tools/tpu_kernel_tables.py [--only windowed small context global peers prefill] [--processes 2]
+    python tools/tpu_kernel_tables.py [--only windowed small context global peers prefill int8] [--processes 2]
 
 Each case is compiled ahead of time as tools/tpu_cost.py does; jax's own kernels in the same run, beside those of ours
 that it measured. About ten minutes.
@@ -19,7 +19,7 @@ from tools.tpu_costs import tables  # noqa: E402
 from tools.tpu_costs.measure import Measured  # noqa: E402
 from tools.tpu_costs.report import LEGEND  # noqa: E402
 
-PARTS = ("windowed", "small", "context", "global", "peers", "prefill")
+PARTS = ("windowed", "small", "context", "global", "peers", "prefill", "int8")
 
 
 def main() -> int:
@@ -58,6 +58,10 @@ def _part(part: str, processes: int, ours: dict[str, Measured]) -> str:
         pairs = tables.context_cases()
         costs = tables.measure_all([case for _, case in pairs], processes)
         return f"\n### One windowed layer by context (Gemma-3-27B TP8, v6e)\n\n{tables.context_table(pairs, costs)}"
+    if part == "int8":
+        pairs = tables.integer_cases()
+        costs = tables.measure_all([case for _, case in pairs], processes)
+        return f"\n### int8 K/V beside bfloat16, context 32k\n\n{tables.integer_table(pairs, costs)}"
     pairs = tables.prefill_cases()
     costs = tables.measure_all([case for _, case in pairs], processes)
     return f"\n### A chunk of 2,048 tokens at 32k, v6e\n\n{tables.prefill_table(pairs, costs)}"

@@ -132,6 +132,54 @@ def prefill_cases() -> list[tuple[str, Case]]:
     return found
 
 
+INTEGER_SHAPES = {
+    "windowed": ("gemma-3-27b-tp8", "gemma-3-1b", "gpt-oss-20b", "gemma-4-31b-local"),
+    "paged": ("llama-3.1-8b", "gemma-4-31b-global"),
+    "windowed-prefill": ("gemma-3-27b-tp8",),
+    "paged-prefill": ("llama-3.1-8b",),
+}
+CHUNK = 2048
+
+
+def integer_cases() -> list[tuple[str, Case]]:
+    """Each shape in bfloat16 and, right after, in int8, at the block size that the engine would choose for each."""
+    pairs = []
+    for chip in ("v5e", "v6e"):
+        for kernel, names in INTEGER_SHAPES.items():
+            for name in names:
+                for dtype in ("bfloat16", "int8"):
+                    geometry = dataclasses.replace(SHAPES[name], dtype=dtype)
+                    chunk, batch = (CHUNK, 1) if kernel.endswith("prefill") else (1, 64)
+                    block = default_block_size(geometry)
+                    case = Case(kernel, geometry, CHIPS[chip].topology, block, batch=batch, chunk=chunk)
+                    pairs.append((f"{name}, {kernel}", case))
+    return pairs
+
+
+def integer_table(pairs: Sequence[tuple[str, Case]], costs: Sequence[Measured]) -> str:
+    """bfloat16 beside int8."""
+    lines = [
+        "| shape, kernel | chip | P | MB a step | bundles a sequence | binds | µs a step | time of bfloat16 |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for i in range(0, len(pairs), 2):
+        wide, narrow = costs[i], costs[i + 1]
+        case, name = pairs[i][1], pairs[i][0]
+        chip = case.topology.partition(":")[0]
+        blocks = f"{case.block_size} → {pairs[i + 1][1].block_size}"
+        if isinstance(wide, DoesNotCompile) or isinstance(narrow, DoesNotCompile):
+            reasons = " / ".join(cost.reason for cost in (wide, narrow) if isinstance(cost, DoesNotCompile))
+            lines.append(f"| {name} | {chip} | {blocks} | {reasons} | | | | |")
+            continue
+        figures = [
+            (f"{c.work.step_bytes / 1e6:,.1f}", f"{c.bundles_per_sequence:,.0f}", c.binds, f"{c.seconds * 1e6:,.1f}")
+            for c in (wide, narrow)
+        ]
+        both = " | ".join(" → ".join(column) for column in zip(*figures, strict=True))
+        lines.append(f"| {name} | {chip} | {blocks} | {both} | {narrow.seconds / wide.seconds:.2f} |")
+    return "\n".join(lines)
+
+
 def measure_all(cases: Sequence[Case], processes: int) -> list[Measured]:
     """Measures cases, some at a time, in their order; those that differ in their load alone share a compilation."""
     by_kernel: dict[Case, list[Case]] = {}
