@@ -12,17 +12,29 @@ from tools.demo_training.documents import Plan
 from tools.demo_training.questions import Question, farthest
 from tools.demo_training.tokenizer import WordEncoder
 
-_LOOKUPS = {"fact": 2, "home": 1, "through": 2}
-"""Questions of each kind about one document: what needs both global layers, either, and one after the other."""
+_NUM_FACTS, _NUM_HOMES = 2, 20
+_ABOUT_HOMES = {"through": 5, "place": 3}
+"""Questions of each kind about a document full of homes: among many, one global layer does not do for both."""
 
 
 def recall_questions(length: int, num_facts: int, num_copies: int) -> list[Question]:
-    """The farthest facts, homes and facts through a home of a document of each kind, and numbers to copy."""
+    """The farthest facts of a document of each kind, places and homes of two others, and numbers to copy."""
     encoder, questions = WordEncoder(), list[Question]()
     for index, kind in enumerate(evaluation.KINDS):
         rng = np.random.default_rng([evaluation.EVALUATION_SEED, length, num_facts, index])
         document = documents.write(rng, encoder, evaluation.plan(length, num_facts, kind))
-        for asked, count in _LOOKUPS.items():
+        questions += farthest(document, _NUM_FACTS, ("fact",))
+        homes = Plan(
+            length=length,
+            num_facts=4,
+            same_attribute=kind == "same attribute",
+            held_out=True,
+            num_homes=_NUM_HOMES,
+            reading_share=0.5,
+            ask_after=0.5,
+        )
+        document = documents.write(rng, encoder, homes)
+        for asked, count in _ABOUT_HOMES.items():
             questions += farthest(document, count, (asked,))
     rng = np.random.default_rng([evaluation.EVALUATION_SEED, length])
     plan = Plan(length=length, num_facts=2, same_attribute=False, held_out=True, task_rate=1.0)
