@@ -1,0 +1,89 @@
+"""An engine whose keys and values are int8: near the floats, the same on every mesh and however a prefix comes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from hkv_jax.config.engine_config import EngineConfig
+from hkv_jax.engine.factory import EngineParts, build_engine
+from hkv_jax.engine.request import Request
+from hkv_jax.engine.token_event import TokenEvent
+from hkv_jax.kvcache.format import PageLayout
+from hkv_jax.sampling_params import SamplingParams
+from tests.engine.test_pallas_backend import TinyModel
+
+PROMPT = [3 + i * i % 97 for i in range(120)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return TinyModel(128, 2, 48, "float32").write(tmp_path_factory.mktemp("model"))
+
+
+def engine(folder: Path, dtype: str, devices: int = 1) -> EngineParts:
+    config = EngineConfig(
+        model=folder,
+        attention_backend="xla",
+        kv_cache_dtype=dtype,
+        tensor_parallel_size=devices,
+        max_num_seqs=1,
+        max_num_batched_tokens=16,
+        max_model_len=160,
+        kv_cache_memory=4 * 2**20,
+    )
+    return build_engine(config)
+
+
+@pytest.fixture(scope="module")
+def of_floats(folder: Path) -> EngineParts:
+    return engine(folder, "float32")
+
+
+@pytest.fixture(scope="module")
+def of_integers(folder: Path) -> EngineParts:
+    return engine(folder, "int8")
+
+
+def generated(parts: EngineParts, prompt: list[int], name: str = "it") -> list[TokenEvent]:
+    params = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True, logprobs=5)
+    parts.engine.add(Request.create(name, prompt, params))
+    events: list[TokenEvent] = []
+    while parts.engine.has_work:
+        events += parts.engine.step()
+    return events
+
+
+def likelihoods(event: TokenEvent) -> dict[int, float]:
+    assert event.logprob is not None
+    return dict(event.logprob.top)
+
+
+def test_logits_are_near_those_of_floats_and_a_cached_prefix_changes_no_token(
+    of_floats: EngineParts, of_integers: EngineParts
+) -> None:
+    floats = generated(of_floats, PROMPT)
+    first, again = (generated(of_integers, PROMPT, name) for name in ("first", "again"))
+    # The likeliest first tokens are nearly as likely.
+    expected, found = likelihoods(floats[0]), likelihoods(first[0])
+    shared = expected.keys() & found.keys()
+    assert len(shared) >= 3
+    assert 0 < max(abs(expected[token] - found[token]) for token in shared) < 0.3
+    prefix = again[0].sequence.first_prefix
+    assert prefix is not None and prefix.start > 0
+    assert [event.token_id for event in first] == [event.token_id for event in again]
+
+
+def test_the_same_memory_holds_more(of_floats: EngineParts, of_integers: EngineParts) -> None:
+    layouts = [parts.layout for parts in (of_integers, of_floats)]
+    assert layouts[0].groups[0].format.layout is PageLayout.PLANES
+    integers, floats = (sum(group.num_tokens for group in layout.groups) for layout in layouts)
+    # 132 bytes for what floats take 512 for.
+    assert integers > 3.5 * floats
+    assert all(layout.total_bytes <= 4 * 2**20 for layout in layouts)
+
+
+def test_two_chips_give_the_tokens_of_one(folder: Path, of_integers: EngineParts) -> None:
+    alone, together = (generated(parts, PROMPT[:40]) for parts in (of_integers, engine(folder, "int8", 2)))
+    assert [event.token_id for event in together] == [event.token_id for event in alone]
