@@ -28,6 +28,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import softmax
 from pallas_kernels.pages import LANES
+from pallas_kernels.prefill_attention.edges import NOT_A_KEY, Edges, first_seen_key
 from pallas_kernels.prefill_attention.refs import Arrays, Scalars, Scratch, Stretch, Visit
 from pallas_kernels.prefill_attention.stretch_scales import NoStretchScales, ScaleRefs, StretchScales
 from pallas_kernels.prefill_attention.tile import HALF, PrefillTile
@@ -35,9 +36,6 @@ from pallas_kernels.prefill_rows import VISIT_FIELDS
 
 LOG2_E = math.log2(math.e)
 """Scores are kept times this, so that weights are powers of two, which the hardware has."""
-
-NOT_A_KEY = 2**30
-"""The position of what is no key: after every query."""
 
 
 def prefill_kernel(tile: PrefillTile, num_optional: tuple[int, int], table_width: int) -> Callable[..., None]:
@@ -133,7 +131,7 @@ class _Prefill:
         block, window = self._tile.block, self._tile.shape.window
         if window is None:
             return Stretch(0, pl.cdiv(visit.last_query + 1, block), 0, visit.last_query + 1, 0, 0)
-        first_block = lax.div(_first_key(self._tile, visit), block)
+        first_block = lax.div(first_seen_key(self._tile, visit), block)
         oldest = lax.div(jnp.maximum(visit.start - (window - 1), visit.context), block)
         num_blocks = jnp.maximum(pl.cdiv(visit.start - first_block * block, block), 0)
         size = self._tile.own_tokens
@@ -393,7 +391,7 @@ class _StretchWork:
 
         def first_pass(number: Any) -> Any:
             at = pl.multiple_of(number * tile.keys, tile.keys)
-            are_plain = _Edges(tile, visit, stretch, (at, run * tile.keys)).is_plain
+            are_plain = Edges(tile, visit, stretch, (at, run * tile.keys)).is_plain
 
             @pl.when(are_plain)
             def _plain() -> None:
@@ -402,7 +400,7 @@ class _StretchWork:
 
             @pl.when(jnp.logical_not(are_plain))
             def _edge() -> None:
-                edges = _Edges(tile, visit, stretch, (at, tile.keys))
+                edges = Edges(tile, visit, stretch, (at, tile.keys))
 
                 @pl.when(edges.has_others)
                 def _others() -> None:
@@ -503,7 +501,7 @@ class _StretchWork:
             of_values = self._scales.of_values(head, number, jnp.concatenate(weights, axis=1))
             scratch.weighted[head] = weighted + softmax.weighted_sum(of_values, values)
 
-    def _clear(self, edges: _Edges, place: Any) -> None:
+    def _clear(self, edges: Edges, place: Any) -> None:
         """What is no key of the row becomes 0: it may be NaN, which neither a bias nor a weight of 0 would mask."""
         if self._tile.scaled:
             # Integers are numbers, whatever lies there, and scales of 0 make them 0.
@@ -533,57 +531,6 @@ class _StretchWork:
                 if mine is not None:
                     result = jnp.where(mine, result, outputs_ref[:, lanes].astype(jnp.float32))
                 outputs_ref[:, lanes] = result.astype(outputs_ref.dtype)
-
-
-class _Edges:
-    """Where the keys of one tile lie, or of several side by side, and which of them queries see."""
-
-    def __init__(self, tile: PrefillTile, visit: Visit, stretch: Stretch, span: tuple[Any, int]) -> None:
-        self._tile, self._visit, self._stretch = tile, visit, stretch
-        self.first, size = span
-        first = self.first
-        self._pool_keys = stretch.num_blocks * tile.block
-        end = first + size
-        self._end = self._pool_keys + stretch.num_own * tile.own_tokens
-        in_pool, in_own = end <= self._pool_keys, (first >= self._pool_keys) & (end <= self._end)
-        # Positions of own keys from the token they lie at.
-        self._own_shift = visit.start - visit.begin + stretch.own_token - self._pool_keys
-        lowest = first + jnp.where(in_pool, stretch.position, self._own_shift)
-        highest = lowest + size - 1
-        # Nobody need have written what lies in the oldest block before the first key.
-        self._first_key = 0 if tile.shape.window is None else _first_key(tile, visit)
-        first_key = jnp.where(in_pool, self._first_key, visit.start)
-        last_key = jnp.where(in_pool, stretch.pool_end, visit.start + visit.end - visit.begin) - 1
-        self.has_others = jnp.logical_not((in_pool | in_own) & (lowest >= first_key) & (highest <= last_key))
-        plain = jnp.logical_not(self.has_others) & (highest <= visit.first_query)
-        window = tile.shape.window
-        self.is_plain = plain if window is None else plain & (lowest > visit.last_query - window)
-
-    def positions(self, axis: int) -> jax.Array:
-        """Positions of the tile's keys along ``axis``, i32[N, 1] or [1, N]; ``NOT_A_KEY`` for what is none."""
-        tile, visit, stretch = self._tile, self._visit, self._stretch
-        shape = (tile.keys, 1) if axis == 0 else (1, tile.keys)
-        index = self.first + lax.broadcasted_iota(jnp.int32, shape, axis)
-        pool = index + stretch.position
-        pool = jnp.where((pool >= self._first_key) & (pool < stretch.pool_end), pool, NOT_A_KEY)
-        own = index + self._own_shift
-        is_own = (index < self._end) & (own >= visit.start) & (own < visit.start + visit.end - visit.begin)
-        return jnp.where(index < self._pool_keys, pool, jnp.where(is_own, own, NOT_A_KEY))
-
-    def seen(self) -> jax.Array:
-        """bool[queries, N]: which keys each query of the tile sees."""
-        visit, window = self._visit, self._tile.shape.window
-        keys = self.positions(1)
-        first = visit.start + visit.token - visit.begin
-        queries = first + lax.broadcasted_iota(jnp.int32, (self._tile.queries, 1), 0)
-        seen = keys <= queries
-        return seen if window is None else seen & (keys > queries - window)
-
-
-def _first_key(tile: PrefillTile, visit: Visit) -> Any:
-    """The lowest position that any query of a windowed visit sees."""
-    assert tile.shape.window is not None
-    return jnp.maximum(visit.first_query - (tile.shape.window - 1), visit.context)
 
 
 def _fold(combine: Callable[[jax.Array, jax.Array], jax.Array], parts: Sequence[jax.Array]) -> jax.Array:

@@ -163,14 +163,17 @@ def test_a_callback_that_raises_at_the_end_leaves_the_next_request_of_that_id_al
     loop = open_loop(stepped)
     first = loop.submit(PROMPT, ENDLESS.replace(max_tokens=1), request_id="r")
     successors = []
+    submitted = threading.Event()
 
     def takes_the_id_and_raises() -> None:
         successors.append(loop.submit(PROMPT, ENDLESS.replace(max_tokens=3), request_id="r"))
+        submitted.set()
         raise ValueError("a secret")
 
     first.set_on_end(takes_the_id_and_raises)
     stepped.run_freely()
     assert first.result().outputs[0].finish_reason is FinishReason.LENGTH
+    assert submitted.wait(PATIENCE_SECONDS)  # the result is there before the callback has run
     loop.close(drain=True)
     (second,) = successors
     assert len(second.result().outputs[0].token_ids) == 3
