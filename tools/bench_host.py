@@ -80,8 +80,7 @@ class Bench:
         plan = self._scheduler.schedule()
         planned = time.perf_counter()
         assert plan is not None
-        bucket = self._buckets.choose(plan, self._cache.num_table_updates())
-        batch = build(plan, self._cache, self._scheduler.lanes, bucket)
+        batch = build(plan, self._cache, self._scheduler.lanes, self._buckets)
         built = time.perf_counter()
         result = StepResult(np.zeros(batch.format.bucket.num_rows, np.int32))
         before = time.perf_counter()

@@ -108,7 +108,7 @@ class Admission:
                 self._leave(sequence)
                 self._place(sequence)
         num_parked = 0
-        # Who is parked waits for somebody who runs: a step that ends the search here is not an empty one.
+        # Who is parked waits for somebody who runs, so that the rest may be looked at in a later step.
         while num_parked < SEQUENCES_LOOKED_AT and (first := self._first(now)) is not None:
             use = self._current(first)
             leader = self._leader_of(first)

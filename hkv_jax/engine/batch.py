@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hkv_jax.engine.batch_format import NO_TOKEN, BatchFormat, StepFields
+from hkv_jax.engine.buckets import Buckets
 from hkv_jax.engine.lanes import Lanes
 from hkv_jax.engine.plan import Chunk, StepPlan
 from hkv_jax.kvcache.format import NO_SLOT
@@ -34,11 +35,12 @@ class StepBatch:
     wants_prompt_logprobs: bool
 
 
-def build(plan: StepPlan, cache: CacheManager, lanes: Lanes, batch_format: BatchFormat) -> StepBatch:
-    """Fills the buffers of ``batch_format`` with a plan that fits its bucket.
+def build(plan: StepPlan, cache: CacheManager, lanes: Lanes, buckets: Buckets) -> StepBatch:
+    """Fills the buffers of the smallest of ``buckets`` that holds a plan.
 
     Takes the pending table updates from ``cache``: every plan must be built exactly once, in the order of planning.
     """
+    batch_format = buckets.choose(plan, cache.num_table_updates())
     ints = np.zeros(batch_format.num_ints, np.int32)
     floats = np.zeros(batch_format.num_floats, np.float32)
     fields = batch_format.unpack(ints, floats)

@@ -134,8 +134,7 @@ class Engine:
         plan = self.scheduler.schedule()
         previous, self._in_flight = self._in_flight, None
         if plan is not None:
-            bucket = self.buckets.choose(plan, self.cache.num_table_updates())
-            batch = build(plan, self.cache, self.scheduler.lanes, bucket)
+            batch = build(plan, self.cache, self.scheduler.lanes, self.buckets)
             try:
                 self._in_flight = _InFlight(plan, self._runner.dispatch(plan, batch))
             except Exception as error:

@@ -6,6 +6,7 @@ Owns: that picture. Must never: import matplotlib before one is asked for, or re
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -33,6 +34,19 @@ Layer = tuple[str, str, float, NDArray[np.float64]]
 """Label, colour, opacity, and a height for each moment."""
 
 
+def load_pyplot() -> ModuleType:
+    """matplotlib's ``pyplot``.
+
+    Raises:
+        ConfigError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib import pyplot
+    except ImportError as error:
+        raise ConfigError("a plot needs matplotlib, which is not installed: pip install 'hkv-jax[notebook]'") from error
+    return pyplot
+
+
 def plot_history(moments: Sequence[Moment]) -> Figure:
     """Draws the memory of one device by owner and use, the sequences, and requests by kind of hit, over time.
 
@@ -48,10 +62,7 @@ def plot_history(moments: Sequence[Moment]) -> Figure:
     Raises:
         ConfigError: matplotlib is not installed.
     """
-    try:
-        from matplotlib import pyplot
-    except ImportError as error:
-        raise ConfigError("a plot needs matplotlib, which is not installed: pip install 'hkv-jax[notebook]'") from error
+    pyplot = load_pyplot()
     seconds = np.array([moment.seconds for moment in moments])
     figure, axes = pyplot.subplots(3, 1, sharex=True, figsize=(10, 8), height_ratios=(3, 1, 1.5), layout="constrained")
     _stack(axes[0], seconds, _memory(moments))

@@ -27,7 +27,7 @@ from hkv_jax.kvcache.layout import KVLayout
 from hkv_jax.sharding import MODEL_AXIS, OVER_CHIPS, named
 from pallas_kernels.pages import PageGeometry
 from pallas_kernels.reference_pages import floats_of_tokens
-from pallas_kernels.scales import Arena, NewKV, ScaledArena, is_scaled, quantise
+from pallas_kernels.scales import Arena, NewKV, ScaledArena, arena_of, is_scaled, quantise
 
 ArenaArray = Arena
 """[chips, rows, row_elements]: one arena; uint16 stands for bfloat16 on CPU. Inside shard_map chips is 1.
@@ -87,12 +87,6 @@ def _rows_of(arena: ArenaArray, fmt: KVFormat) -> list[jax.Array]:
     return [arena.reshape(-1, fmt.row_elements)]
 
 
-def _as_arena(views: list[jax.Array], arena: ArenaArray) -> ArenaArray:
-    if isinstance(arena, ScaledArena):
-        return ScaledArena(*(view.reshape(part.shape) for view, part in zip(views, arena, strict=True)))
-    return views[0].reshape(arena.shape)
-
-
 def as_stored(values: jax.Array, arena: jax.Array) -> jax.Array:
     """Values in the bits of the arena's dtype."""
     return values if values.dtype == arena.dtype else lax.bitcast_convert_type(values, arena.dtype)
@@ -134,7 +128,7 @@ def write_kv(
         view.at[rows].set(one.reshape(-1, *view.shape[1:]), mode="drop")
         for view, one in zip(views, new_rows, strict=True)
     ]
-    return _as_arena(written, arena)
+    return arena_of(written, arena)
 
 
 def read_pages(
@@ -194,7 +188,7 @@ def copy_blocks(arena: ArenaArray, fmt: KVFormat, sources: jax.Array, targets: j
             for view, block in zip(views, blocks, strict=True)
         ]
 
-    return _as_arena(lax.fori_loop(0, jnp.sum(live), copy, views), arena)
+    return arena_of(lax.fori_loop(0, jnp.sum(live), copy, views), arena)
 
 
 def _take(view: jax.Array, index: jax.Array) -> jax.Array:

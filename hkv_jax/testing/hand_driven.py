@@ -43,8 +43,7 @@ class HandDriven:
         """The next plan, built but not run, or ``None``."""
         plan = self.scheduler.schedule()
         if plan is not None:
-            bucket = self.engine.buckets.choose(plan, self.cache.num_table_updates())
-            build(plan, self.cache, self.scheduler.lanes, bucket)
+            build(plan, self.cache, self.scheduler.lanes, self.engine.buckets)
         self.scheduler.check_invariants()
         return plan
 

@@ -27,7 +27,7 @@ PADDING = NUM_LANES
 def next_batch(engine: Engine, commit_token: int | None = None) -> StepBatch:
     plan = engine.scheduler.schedule()
     assert plan is not None
-    batch = build(plan, engine.cache, engine.scheduler.lanes, engine.buckets.choose(plan))
+    batch = build(plan, engine.cache, engine.scheduler.lanes, engine.buckets)
     if commit_token is not None:
         engine.scheduler.commit(plan, StepResult(np.full(plan.num_rows, commit_token, np.int32)))
     return batch

@@ -6,13 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from hkv_jax.config.engine_config import EngineConfig
-from hkv_jax.engine.factory import EngineParts, build_engine
+from hkv_jax.engine.factory import EngineParts
 from hkv_jax.engine.request import Request
 from hkv_jax.engine.token_event import TokenEvent
 from hkv_jax.kvcache.format import PageLayout
 from hkv_jax.sampling_params import SamplingParams
-from tests.engine.test_pallas_backend import TinyModel
+from tests.engine.tiny_model import TinyModel, tiny_engine
 
 PROMPT = [3 + i * i % 97 for i in range(120)]
 
@@ -23,17 +22,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def engine(folder: Path, dtype: str, devices: int = 1) -> EngineParts:
-    config = EngineConfig(
-        model=folder,
-        attention_backend="xla",
-        kv_cache_dtype=dtype,
-        tensor_parallel_size=devices,
-        max_num_seqs=1,
-        max_num_batched_tokens=16,
-        max_model_len=160,
-        kv_cache_memory=4 * 2**20,
-    )
-    return build_engine(config)
+    options = {"kv_cache_dtype": dtype, "tensor_parallel_size": devices, "kv_cache_memory": 4 * 2**20}
+    return tiny_engine(folder, attention_backend="xla", max_num_seqs=1, **options)
 
 
 @pytest.fixture(scope="module")

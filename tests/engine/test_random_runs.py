@@ -12,7 +12,6 @@ from hkv_jax.engine.request import Request, Sequence, SequenceState
 from hkv_jax.engine.token_event import TokenEvent
 from hkv_jax.outputs import FinishReason, PrefixHit
 from hkv_jax.sampling_params import SamplingParams
-from hkv_jax.spec import KVGroupSpec, LayerKind
 from hkv_jax.testing.fake_engine import FakeEngineConfig, fake_engine, global_group, run_to_end, sliding_group
 
 VOCAB = 23
@@ -149,38 +148,36 @@ def test_everyone_gets_the_tokens_they_get_alone(name: str, request: pytest.Fixt
     assert reasons == {FinishReason.STOP, FinishReason.LENGTH}
 
 
-def layers(window: int | None, num_layers: int, kv_heads: int, head_dim: int = 8, name: str = "") -> KVGroupSpec:
-    kind = LayerKind.GLOBAL if window is None else LayerKind.SLIDING
-    name = name or ("global" if window is None else "sliding")
-    return KVGroupSpec(name, kind, window, kv_heads, head_dim, tuple(range(num_layers)))
-
+IN_STEP = FakeEngineConfig(vocab_size=1, max_num_batched_tokens=31)
+"""All samples of a request draw the same tokens."""
 
 SAMPLES_IN_STEP = {
     # All lanes sit out in the step after they took each other's blocks: the entries wait while the blocks are moved.
     "blocks move before the device knows them": (
-        FakeEngineConfig(
-            groups=(layers(None, 2, 1), layers(33, 2, 3, head_dim=16)),
+        dataclasses.replace(
+            IN_STEP,
+            groups=(global_group(2), dataclasses.replace(sliding_group(33), num_kv_heads=3, head_dim=16)),
             block_size=(("global", 16), ("sliding", 4)),
             kv_cache_memory=51609,
             max_model_len=115,
             max_num_seqs=6,
-            max_num_batched_tokens=31,
             max_prefill_chunk=1,
-            vocab_size=1,
         ),
         Request.create("samples", [0] * 8, SamplingParams(n=8, max_tokens=20)),
     ),
     # Lanes that sit out have entries, too: more than a bucket of those that do not would hold.
     "few run, all have table updates": (
-        FakeEngineConfig(
-            groups=(layers(None, 4, 2), layers(7, 2, 3)),
+        dataclasses.replace(
+            IN_STEP,
+            groups=(
+                dataclasses.replace(global_group(4), num_kv_heads=2),
+                dataclasses.replace(sliding_group(7), num_kv_heads=3),
+            ),
             block_size=(("global", 2), ("sliding", 1)),
             kv_cache_memory=33792,
             max_model_len=46,
             max_num_seqs=8,
-            max_num_batched_tokens=31,
             max_prefill_chunk=16,
-            vocab_size=1,
         ),
         Request.create("samples", [0] * 36, SamplingParams(n=7, max_tokens=10)),
     ),
@@ -200,7 +197,11 @@ def test_samples_that_draw_the_same_share_what_they_fill(name: str) -> None:
 def test_a_group_that_needs_its_free_blocks_gives_no_slab_away() -> None:
     """Three groups, of which two would pass one slab to and fro while the third has room to spare."""
     config = FakeEngineConfig(
-        groups=(layers(None, 1, 1, name="global_a"), layers(None, 1, 3, name="global_b"), layers(10, 1, 2)),
+        groups=(
+            dataclasses.replace(global_group(), name="global_a"),
+            dataclasses.replace(global_group(), name="global_b", num_kv_heads=3),
+            sliding_group(10, num_layers=1),
+        ),
         block_size=(("global", 4), ("sliding", 1)),
         kv_cache_memory=19456,
         max_model_len=64,

@@ -10,18 +10,14 @@ from pathlib import Path
 
 from hkv_jax.engine.stats import EngineStats
 from hkv_jax.engine.stats_history import StatsHistory
-from hkv_jax.engine.stats_plot import plot_history
+from hkv_jax.engine.stats_plot import load_pyplot, plot_history
 from hkv_jax.errors import ConfigError
 from tools.cache_simulation.replay import Replay
 
 
 def check_target(path: Path) -> None:
     """Raises ``ConfigError`` where ``Recorder.draw`` could not write ``path``: better before a long run than after."""
-    try:
-        from matplotlib.backend_bases import FigureCanvasBase
-    except ImportError as error:
-        raise ConfigError("a plot needs matplotlib, which is not installed: pip install 'hkv-jax[notebook]'") from error
-    endings = FigureCanvasBase.get_supported_filetypes()
+    endings = load_pyplot().FigureCanvasBase.get_supported_filetypes()
     if path.suffix[1:].lower() not in endings:
         raise ConfigError(f"plot: {path} must end in one of {', '.join(f'.{ending}' for ending in sorted(endings))}")
     if not path.parent.is_dir():
