@@ -236,4 +236,4 @@ def test_the_engine_gets_room_for_every_point(model: Path) -> None:
     report = bench_step._empty_report(model)
     total = sum(value.nbytes for value in load_file(model / "model.safetensors").values())
     assert report.bytes.weights == total
-    assert dataclasses.asdict(report.bytes)["groups"] == ((2 * 2 * 32 * 2, None), (10 * 2 * 32 * 2, 32))
+    assert dataclasses.asdict(report.bytes)["groups"] == ((2 * 2 * 64 * 2, None), (10 * 2 * 64 * 2, 32))
