@@ -96,9 +96,9 @@ class Answers:
     def __rich__(self) -> Group:
         table = Table(title="Several clients ask at once", title_justify="left")
         table.add_column("document", justify="right")
-        table.add_column("question", no_wrap=True)
-        table.add_column("answer", min_width=34)
-        table.add_column("tokens from the prefix cache", justify="right")
+        table.add_column("question", min_width=20)
+        table.add_column("answer", min_width=20)
+        table.add_column("tokens from the prefix cache", justify="right", min_width=14)
         for question in self._questions:
             table.add_row(*question.row())
         return Group(table)

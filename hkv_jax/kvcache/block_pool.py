@@ -38,10 +38,8 @@ class BlockPool:
         self._loose = FreeBlocks(blocks_per_slab, num_slabs)
         self._slabs: set[int] = set()
         self._busy = [0] * num_slabs  # held or kept blocks of each slab
-        self._held = [0] * num_slabs  # held blocks of each slab
         self._idle_slabs: set[int] = set()  # slabs of the pool without a busy block
         self._highest_idle: list[int] = []  # their negatives as a heap; those that are idle no more are passed over
-        self.num_held_slabs = 0
         self.num_held = 0
         self.num_cached = 0
         self.peak_held = 0
@@ -100,7 +98,7 @@ class BlockPool:
             block = self._take_free()
             self._references[block] = 1
             self._make_busy(block)
-            self._make_held(block)
+            self._count_held()
             blocks.append(block)
         return blocks
 
@@ -116,7 +114,7 @@ class BlockPool:
                     assert block in self._loose, f"P2: block {block} is blank and cannot be shared"
                     self._loose.remove(block)
                     self._make_busy(block)
-                self._make_held(block)
+                self._count_held()
 
     def release(self, blocks: Iterable[int]) -> None:
         """Drops a reference to each of ``blocks``; those that nobody holds or keeps any more are free."""
@@ -125,9 +123,6 @@ class BlockPool:
             assert references[block] > 0, f"P2: block {block} is not held and was released again"
             references[block] -= 1
             if not references[block]:
-                slab = block // self.blocks_per_slab
-                self._held[slab] -= 1
-                self.num_held_slabs -= not self._held[slab]
                 self.num_held -= 1
                 if self._keeps[block]:
                     self.num_cached += 1
@@ -231,13 +226,8 @@ class BlockPool:
             self._named[target] = self._named[block]
             self._references[block] = self._keeps[block] = self._named[block] = 0
             self._make_busy(target)
-            target_slab = target // self.blocks_per_slab
-            if self._references[target]:
-                self._held[target_slab] += 1
-                self.num_held_slabs += self._held[target_slab] == 1
             moves.append((block, target))
-        self.num_held_slabs -= self._held[slab] > 0
-        self._held[slab] = self._busy[slab] = 0
+        self._busy[slab] = 0
         self._idle_slabs.discard(slab)
         self._slabs.remove(slab)
         return moves
@@ -257,9 +247,7 @@ class BlockPool:
         for slab in self._slabs:
             blocks = self._blocks_of(slab)
             assert self._busy[slab] == sum(block in busy for block in blocks), "P1: a slab's busy blocks are miscounted"
-            assert self._held[slab] == sum(self._references[block] > 0 for block in blocks), "P1: a slab's held blocks"
             assert (slab in self._idle_slabs) == (not self._busy[slab]), "P1: a slab is idle and busy"
-        assert self.num_held_slabs == sum(count > 0 for count in self._held), "P1: held slabs are miscounted"
         if held is not None:
             counts = [0] * len(self._references)
             for block in held:
@@ -290,10 +278,7 @@ class BlockPool:
         if self._busy[slab] == 1:
             self._idle_slabs.remove(slab)
 
-    def _make_held(self, block: int) -> None:
-        slab = block // self.blocks_per_slab
-        self._held[slab] += 1
-        self.num_held_slabs += self._held[slab] == 1
+    def _count_held(self) -> None:
         self.num_held += 1
         if self.num_held > self.peak_held:
             self.peak_held = self.num_held

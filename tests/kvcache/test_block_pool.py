@@ -172,7 +172,6 @@ class PoolMachine(RuleBasedStateMachine):
         assert (self.pool.num_held, self.pool.num_free) == (len(held), len(free))
         assert self.pool.num_cached == len(kept.keys() - held.keys())
         assert self.pool.num_loose == len(free & self.named)
-        assert self.pool.num_held_slabs == len({block // BLOCKS_PER_SLAB for block in held})
         assert self.pool.peak_held == self.peak
         for block in range(self.pool.num_ids):
             assert self.pool.references(block) == held[block]
