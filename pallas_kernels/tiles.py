@@ -29,6 +29,10 @@ BESIDE_BYTES = 16 * 2**20
 TOGETHER = ((2**19, 4), (2**21, 2))
 """Windows below so many bytes arrive before one computation's latencies are over: so many are computed together."""
 
+UNROLLED_ROWS = 144 * 2**10
+"""Rows of keys and values in the code of one windowed program, which has no loop over them: compiling takes some 30 µs
+of a processor a row on v5e, in any dtype, and is to take less than 5 s."""
+
 SCORE_BYTES = 2**17
 """Bytes of scores of one tile, in float32: half of the vector registers."""
 
@@ -40,11 +44,22 @@ MATRIX_UNIT_LANES = 256
 
 @dataclasses.dataclass(frozen=True)
 class WindowTiles:
-    """``sequences`` of a program, those computed ``together``, and kv heads that share a product."""
+    """``sequences`` of a program, those computed ``together``, kv heads that share a product, and ``turns``.
+
+    So many programs' windows have room at once: ``sequences`` times ``turns``, at least twice those computed together.
+    """
 
     sequences: int
     together: int
     heads_per_product: int
+    turns: int = 1
+
+    def for_rows(self, num_rows: int) -> WindowTiles:
+        """As these, but with no more sequences than rows, where there is room to fetch ahead all the same."""
+        together = min(self.together, num_rows)
+        least = together if self.turns > 1 else 2 * together
+        sequences = max(least, min(self.sequences, -(-num_rows // together) * together))
+        return dataclasses.replace(self, sequences=sequences, together=together)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,8 +77,11 @@ def window_tiles(shape: AttentionShape, dtype: jnp.dtype) -> WindowTiles | None:
     if 2 * row_bytes > POOL_BYTES:
         return None
     together = next((count for most, count in TOGETHER if row_bytes < most), 1)
-    sequences = max(2 * together, min(8 if together > 1 else 4, POOL_BYTES // row_bytes))
-    chosen = WindowTiles(sequences, together, heads_per_product(shape))
+    places = max(2 * together, min(8 if together > 1 else 4, POOL_BYTES // row_bytes))
+    divisors = (n for n in range(places, together, -1) if not places % n and not n % together)
+    most = UNROLLED_ROWS // (shape.table_width * shape.pages.rows)
+    sequences = next((n for n in divisors if n <= most), together)
+    chosen = WindowTiles(sequences, together, heads_per_product(shape), places // sequences)
     return dataclasses.replace(chosen, **overrides("windowed_decode", shape))
 
 

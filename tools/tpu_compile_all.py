@@ -1,6 +1,6 @@
 """Compiles every kernel for every chip, and whole steps of Gemma 3 27B, ahead of time; prints what came out.
 
-    python tools/tpu_compile_all.py [--chips v6e v5e v5p tpu7x] [--processes 2] [--no-steps]
+    python tools/tpu_compile_all.py [--chips v6e v5e v5p tpu7x] [--processes 2] [--only TEXT] [--no-steps]
 
 At 256 sequences of 128k tokens, and chunks of 2,048 tokens. That a case compiles says that its tables fit scalar memory
 and its tiles vector memory. Seconds are the processor's. No TPU is touched.
@@ -31,11 +31,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--chips", nargs="+", choices=list(CHIPS), default=list(CHIPS))
     parser.add_argument("--processes", type=int, default=2, help="compilations at a time (default: 2)")
+    parser.add_argument("--only", default="", metavar="TEXT", help="kernels whose name has this in it: paged, int8")
     parser.add_argument("--no-steps", action="store_true", help="kernels alone")
     options = parser.parse_args()
     print("| kernel, shape | " + " | ".join(f"{chip}: s, temporary MiB" for chip in options.chips) + " |")
     print("|---|" + "---|" * len(options.chips))
-    named = {chip: cases(CHIPS[chip].topology) for chip in options.chips}
+    named = {
+        chip: {name: case for name, case in cases(CHIPS[chip].topology).items() if options.only in name}
+        for chip in options.chips
+    }
     merged = {f"{name} | {chip}": case for chip, of_chip in named.items() for name, case in of_chip.items()}
     results = compile_all(merged, options.processes)
     failed = False

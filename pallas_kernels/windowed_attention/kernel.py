@@ -36,15 +36,18 @@ class WindowTile(DecodeTile):
     Attributes:
         sequences: of one program; a multiple of ``together``.
         together: sequences that are computed in one basic block.
+        turns: windows that each place of a program has room for, which programs use in turn: so more are on their way
+            than one program computes.
     """
 
     sequences: int
     together: int
+    turns: int
 
     @property
     def ahead(self) -> int:
         """How many rows ahead of the one that is computed blocks are fetched."""
-        return self.sequences - self.together
+        return self.sequences * self.turns - self.together
 
     @property
     def merged(self) -> bool:
@@ -75,11 +78,12 @@ class Scalars(NamedTuple):
 class Buffers(NamedTuple):
     """VMEM and semaphores.
 
-    ``blocks`` has an array [C, M · P, 128] for each place, not one array with an axis more: so the compiler sees that a
-    copy into one place does not disturb what is read from another, and lets both go on at once. ``writes`` holds rows
-    to write, [sequences, C, row tile, 128]. ``fetched`` has a semaphore a place, ``written`` is one. ``num_writes`` is
-    an i32[1] in SMEM: writes of the last program that nobody has waited for. Of integers, ``words`` has the scales of
-    each place, i32[rows, 128], and ``word_writes`` those of pages to write, [sequences, R, 128]; else there are none.
+    ``blocks`` has an array [turns, C, M · P, 128] for each place, not one array with an axis more: so the compiler sees
+    that a copy into one place does not disturb what is read from another, and lets both go on at once. ``writes`` holds
+    rows to write, [sequences, C, row tile, 128]. ``fetched`` has semaphores [sequences, turns], ``written`` is one.
+    ``num_writes`` is an i32[1] in SMEM: writes of the last program that nobody has waited for. Of integers, ``words``
+    has the scales of each place, i32[turns, rows, 128], and ``word_writes`` those of pages to write,
+    [sequences, R, 128]; else there are none.
     """
 
     blocks: Sequence[Any]
@@ -90,12 +94,25 @@ class Buffers(NamedTuple):
     written: Any
     num_writes: Any
 
+    def blocks_of(self, row: Row) -> Any:
+        """Where a row's blocks are, [C, M · P, 128]."""
+        return self.blocks[row.place].at[row.turn]
+
+    def words_of(self, row: Row) -> Any:
+        """Where their scales are, i32[rows, 128]."""
+        return self.words[row.place].at[row.turn]
+
+    def fetched_of(self, row: Row) -> Any:
+        """The semaphore of both."""
+        return self.fetched.at[row.place, row.turn]
+
 
 class Row(NamedTuple):
-    """One sequence: its number, its place among those of a program, its live length and the blocks that hold it."""
+    """One sequence: its number, its place among those of a program and the turn there, its live length and blocks."""
 
     number: Any
     place: int
+    turn: Any
     kv_len: Any
     num_blocks: Any
 
@@ -139,8 +156,8 @@ def _program(tile: WindowTile, arrays: Arrays, mover: _Mover) -> None:
     @pl.when(number == 0)
     def _first() -> None:
         mover.buffers.num_writes[0] = 0
-        for place in range(tile.ahead):
-            mover.fetch(mover.row(place, place))
+        for early in range(tile.ahead):
+            mover.fetch(mover.row(early, early % tile.sequences))
 
     rows = [mover.row(number * tile.sequences + place, place) for place in range(tile.sequences)]
     longest = functools.reduce(jnp.maximum, [row.kv_len for row in rows])
@@ -187,8 +204,10 @@ class _Mover:
 
     def row(self, number: Any, place: int) -> Row:
         """A row; one without keys where the number is past the last."""
+        tile = self._tile
+        turn = lax.rem(lax.div(number, tile.sequences), tile.turns) if tile.turns > 1 else 0
         kv_len = jnp.where(number < self._num_rows, self._scalars.kv_lens[jnp.minimum(number, self._num_rows - 1)], 0)
-        return Row(number, place, kv_len, pl.cdiv(kv_len, self._tile.block))
+        return Row(number, place, turn, kv_len, pl.cdiv(kv_len, tile.block))
 
     def fetch_ahead(self, row: Row) -> None:
         """Starts the fetch of a later row, to the place that became free last."""
@@ -212,11 +231,11 @@ class _Mover:
         @pl.when(row.num_blocks == tile.fetched_blocks)
         def _whole() -> None:
             # One wait for the bytes of all copies.
-            whole = [self.buffers.blocks[row.place]]
+            whole = [self.buffers.blocks_of(row)]
             if tile.scaled:
-                whole.append(self.buffers.words[row.place].at[: tile.fetched_blocks * tile.word_rows])
+                whole.append(self.buffers.words_of(row).at[: tile.fetched_blocks * tile.word_rows])
             for here in whole:
-                pltpu.make_async_copy(here, here, self.buffers.fetched.at[row.place]).wait()
+                pltpu.make_async_copy(here, here, self.buffers.fetched_of(row)).wait()
 
         @pl.when(row.num_blocks < tile.fetched_blocks)
         def _part() -> None:
@@ -225,7 +244,7 @@ class _Mover:
                     copy.wait()
 
             lax.fori_loop(0, row.num_blocks, one, None)
-            _clear_unfetched(tile, row, self.buffers.blocks[row.place])
+            _clear_unfetched(tile, row, self.buffers.blocks_of(row))
 
     def always(self) -> Any:
         """True, which the compiler does not know."""
@@ -239,11 +258,11 @@ class _Mover:
     def _copies(self, row: Row, page: Any, position: int) -> list[Any]:
         """Of a block, and of its scales where it has some."""
         tile, buffers = self._tile, self.buffers
-        targets = [buffers.blocks[row.place].at[:, pl.ds(position * tile.block, tile.block), :]]
+        targets = [buffers.blocks_of(row).at[:, pl.ds(position * tile.block, tile.block), :]]
         if tile.scaled:
-            targets.append(buffers.words[row.place].at[pl.ds(position * tile.word_rows, tile.word_rows)])
+            targets.append(buffers.words_of(row).at[pl.ds(position * tile.word_rows, tile.word_rows)])
         return [
-            pltpu.make_async_copy(there.at[page], here, buffers.fetched.at[row.place])
+            pltpu.make_async_copy(there.at[page], here, buffers.fetched_of(row))
             for there, here in zip(self._pool, targets, strict=True)
         ]
 
@@ -337,7 +356,7 @@ def _finish(
 ) -> None:
     """Weighted sums of all heads, then outputs, then the write of the new token."""
     heads, row = tile.heads, scored.row
-    blocks_ref, rows = mover.buffers.blocks[row.place], tile.tile_blocks * tile.block
+    blocks_ref, rows = mover.buffers.blocks_of(row), tile.tile_blocks * tile.block
     live = _live_keys(tile, row)
     weighted = [
         heads.diagonal(
@@ -393,7 +412,7 @@ def _complete_planes(tile: WindowTile, row: Row, new_ref: Any, buffers: Buffers)
 
     The same planes then lie in the first rows of the row's buffer.
     """
-    blocks_ref, size = buffers.blocks[row.place], tile.write_rows
+    blocks_ref, size = buffers.blocks_of(row), tile.write_rows
     last = lax.rem(jnp.maximum(row.kv_len, 1) - 1, tile.block)
     within = lax.rem(last, size)
     newest = _newest_begin(tile, row)
@@ -420,7 +439,7 @@ def _complete_planes(tile: WindowTile, row: Row, new_ref: Any, buffers: Buffers)
 
 def _complete_scales(tile: WindowTile, row: Row, new_ref: Any, buffers: Buffers) -> TileScales:
     """As ``_complete_planes``, for the words of the scales."""
-    words_ref, rows = buffers.words[row.place], tile.word_rows
+    words_ref, rows = buffers.words_of(row), tile.word_rows
     last = lax.rem(jnp.maximum(row.kv_len, 1) - 1, tile.block)
     slot = slot_of_word(tile.shape.pages)
     new = new_ref[row.place]

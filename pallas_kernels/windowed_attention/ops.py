@@ -80,15 +80,18 @@ def decode(
             ],
             out_specs=[by_program(*heads.output_shape), *(in_pool for _ in pool)],
             scratch_shapes=[
-                *(pltpu.VMEM((planes, tile.fetched_blocks * tile.block, LANES), tile.kv_dtype) for _ in places),
                 *(
-                    pltpu.VMEM((buffer_rows(pages, tile.fetched_blocks), LANES), words.dtype)
+                    pltpu.VMEM((tile.turns, planes, tile.fetched_blocks * tile.block, LANES), tile.kv_dtype)
+                    for _ in places
+                ),
+                *(
+                    pltpu.VMEM((tile.turns, buffer_rows(pages, tile.fetched_blocks), LANES), words.dtype)
                     for words in new_words
                     for _ in places
                 ),
                 pltpu.VMEM((tile.sequences, planes, tile.write_rows, LANES), tile.kv_dtype),
                 *(pltpu.VMEM((tile.sequences, *words.shape[1:]), words.dtype) for words in new_words),
-                pltpu.SemaphoreType.DMA((tile.sequences,)),
+                pltpu.SemaphoreType.DMA((tile.sequences, tile.turns)),
                 pltpu.SemaphoreType.DMA,
                 pltpu.SMEM((1,), jnp.int32),
             ],
@@ -98,7 +101,7 @@ def decode(
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("arbitrary",),
             vmem_limit_bytes=vector_memory_limit(
-                tile.sequences * tile.fetched_blocks * page_bytes(shape, tile.kv_dtype)
+                tile.sequences * tile.turns * tile.fetched_blocks * page_bytes(shape, tile.kv_dtype)
             ),
             disable_bounds_checks=True,
         ),
@@ -139,10 +142,10 @@ def _tile(shape: AttentionShape, inputs: DecodeInputs) -> WindowTile | None:
     tiles = window_tiles(shape, dtype)
     if tiles is None:
         return None
-    # A few rows need no more places than they are.
-    num_rows = inputs.queries.shape[0]
-    together = min(tiles.together, num_rows)
-    sequences = max(2 * together, min(tiles.sequences, -(-num_rows // together) * together))
+    tiles = tiles.for_rows(inputs.queries.shape[0])
     heads = HeadLayout(shape, tiles.heads_per_product)
     query_dtype = jnp.dtype(inputs.queries.dtype)
-    return WindowTile(heads, dtype, query_dtype, write_rows(dtype), sequences=sequences, together=together)
+    return WindowTile(
+        heads, dtype, query_dtype, write_rows(dtype),
+        sequences=tiles.sequences, together=tiles.together, turns=tiles.turns,
+    )  # fmt: skip

@@ -48,9 +48,7 @@ def test_head_shapes_in_bfloat16_with_sinks(heads: tuple[int, int], dims: tuple[
     check_decode_case(DecodeCase(shape_of(heads, dims), (33, 2, -1, 150), "bfloat16", "bfloat16", sinks=True), decode)
 
 
-@pytest.mark.parametrize(
-    ("heads", "dim", "block"), [((4, 2), 128, 32), ((16, 4), 64, 32), ((2, 1), 64, 256)], ids=str
-)
+@pytest.mark.parametrize(("heads", "dim", "block"), [((4, 2), 128, 32), ((16, 4), 64, 32), ((2, 1), 64, 256)], ids=str)
 def test_integers_with_scales(heads: tuple[int, int], dim: int, block: int) -> None:
     shape = AttentionShape(PageGeometry(block, heads[1], dim, dim), heads[0], None, dim**-0.5)
     positions = (0, -1, block - 1, 2 * block, 5 * block + 7)

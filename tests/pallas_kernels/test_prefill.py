@@ -8,6 +8,7 @@ import pytest
 from pallas_kernels import tiles
 from pallas_kernels.pages import AttentionShape, PageGeometry
 from pallas_kernels.prefill_attention.ops import prefill
+from pallas_kernels.prefill_attention.stretch_scales import ScalePlan
 from pallas_kernels.prefill_attention.tile import choose_tile
 from tests.pallas_kernels.prefill_cases import PrefillCase, check_prefill_case
 from tests.pallas_kernels.shapes import BLOCK, shape_of
@@ -102,6 +103,21 @@ def test_integers_with_scales(dim: int, block: int, window: int | None, held_key
     tile = (("queries", 16), *([("held_keys", held_keys)] if held_keys else []))
     rows = ((5, 9, 0), (390, 20, 64)) if held_keys else ((5, 9, 0), (70, 20, 64))
     check_prefill_case(PrefillCase(shape, rows, 32, 2, "int8", tile=tile, sinks=dim == 64))
+
+
+def test_scales_of_heads_in_groups_and_of_tokens_far_on() -> None:
+    shape = AttentionShape(PageGeometry(64, 2, 128, 128), 4, 100, 0.1)
+    tile = (("queries", 64), ("heads", 1), ("held_keys", 256))
+    case = PrefillCase(shape, ((70, 440, 0),), 512, 2, "int8", tile=tile)
+    plan = ScalePlan(case.plan)
+    # Words of own tokens are not all fetched at once.
+    assert case.plan.head_groups == 2 and plan.own_lanes < plan.own_tokens
+    check_prefill_case(case)
+
+
+def test_scales_of_blocks_of_several_rows() -> None:
+    shape = AttentionShape(PageGeometry(256, 2, 64, 64), 4, 300, 0.125)
+    check_prefill_case(PrefillCase(shape, ((390, 20, 0),), 32, 2, "int8", tile=(("queries", 16),)))
 
 
 @pytest.mark.parametrize("window", [40, None])

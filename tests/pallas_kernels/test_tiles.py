@@ -40,8 +40,9 @@ def test_tiles_fit_the_smallest_vector_memory(name: str) -> None:
     windowed = tiles.window_tiles(shape, BFLOAT16) if shape.window else None
     if windowed is not None:
         assert windowed.sequences % windowed.together == 0
-        assert windowed.sequences >= 2 * windowed.together
-        assert tiles.vector_memory_limit(windowed.sequences * shape.table_width * page) <= 64 * 2**20
+        places = windowed.sequences * windowed.turns
+        assert places >= 2 * windowed.together
+        assert tiles.vector_memory_limit(places * shape.table_width * page) <= 64 * 2**20
 
 
 def test_a_window_that_does_not_fit_twice_is_read_in_tiles() -> None:
@@ -55,6 +56,24 @@ def test_short_windows_are_computed_together() -> None:
         for name in ("gpt-oss-20b", "gemma-3-27b, 8 chips", "gemma-4-31b, local")
     ]
     assert [one.together for one in together if one] == [4, 2, 1]
+
+
+def test_programs_of_long_windows_have_fewer_sequences_and_as_much_room() -> None:
+    """The code of a sequence is as long in int8 as in bfloat16, of half the bytes: twice as many would fit."""
+    shape = AttentionShape(PageGeometry(64, 16, 256, 256), 32, 1024, 1.0)
+    assert tiles.window_tiles(shape, BFLOAT16) == tiles.WindowTiles(2, 1, 1)
+    chosen = tiles.window_tiles(shape, jnp.dtype(jnp.int8))
+    assert chosen == tiles.WindowTiles(2, 1, 1, turns=2)
+    short = tiles.window_tiles(shape_named("gemma-3-27b, 8 chips"), BFLOAT16)
+    assert short is not None and short.turns == 1
+
+
+def test_few_rows_take_few_places() -> None:
+    chosen = tiles.WindowTiles(8, 4, 1)
+    assert [chosen.for_rows(n).sequences for n in (1, 2, 5, 9, 200)] == [2, 4, 8, 8, 8]
+    assert [chosen.for_rows(n).together for n in (1, 2, 5)] == [1, 2, 4]
+    in_turns = tiles.WindowTiles(2, 1, 1, turns=2)
+    assert [in_turns.for_rows(n).sequences for n in (1, 2, 3)] == [1, 2, 2]
 
 
 def test_the_data_file_overrules_the_formula(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -54,6 +54,19 @@ def test_integers_with_scales(heads: tuple[int, int], dim: int, block: int, wind
     check_decode_case(DecodeCase(shape, positions, "int8", without_slot=(4,), sinks=dim == 64), decode)
 
 
+@pytest.mark.parametrize(("dtype", "block", "sequences"), [("float32", BLOCK, 1), ("int8", 32, 2)])
+def test_programs_take_turns_in_their_places(
+    dtype: str, block: int, sequences: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shape = AttentionShape(PageGeometry(block, 2, 128, 128), 4, 64, 0.1)
+    monkeypatch.setattr(tiles, "TOGETHER", ())
+    monkeypatch.setattr(tiles, "UNROLLED_ROWS", sequences * shape.table_width * shape.pages.rows)
+    chosen = tiles.window_tiles(shape, jnp.dtype(dtype))
+    assert chosen is not None and (chosen.sequences, chosen.turns) == (sequences, 4 // sequences)
+    # More rows than there is room for, and an odd number of them.
+    check_decode_case(DecodeCase(shape, (*ragged(64), 40, 90, 3), dtype, without_slot=(5, 7)), decode)
+
+
 def test_soft_cap() -> None:
     check_decode_case(DecodeCase(shape_of((4, 2), (128, 128), 32, soft_cap=0.7), (3, 40)), decode)
 

@@ -14,8 +14,10 @@ import pytest
 
 from tools.tpu_costs.cases import SHAPES, Case, Geometry, default_block_size
 from tools.tpu_costs.measured import Compiled, Cost, Work
+from tools.tpu_costs.our_kernels import windowed_decode_work
 from tools.tpu_costs.our_prefill import _units, plan
-from tools.tpu_costs.schedule import UNITS, Schedule, parse_bundles
+from tools.tpu_costs.schedule import UNITS, Copy, Loop, Schedule, parse_bundles
+from tools.tpu_costs.suite import cases, few_cases, pool_bytes
 from tools.tpu_costs.trips import Counts, first_fetch, largest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -99,6 +101,36 @@ def test_time_is_the_larger_of_bytes_and_bundles(schedule: Schedule) -> None:
     bound_by_bundles = dataclasses.replace(bound_by_memory, work=work)
     assert bound_by_bundles.seconds == pytest.approx(14 / 1.75e9)
     assert bound_by_bundles.binds == "latency (VALU 11%)"
+
+
+def test_all_sequences_of_a_windowed_program_count() -> None:
+    """Also where their code is nearly all of the grid's, and the last one's is no longer than another's."""
+    waits, clears, settles = Loop(30, 33, 2), Loop(100, 103, 2), Loop(980, 983, 2)
+    attend, idle = (50, 960), (961, 975)
+    # Loops run for short rows only, and each has a branch around it.
+    skips = [(12, 985), (11, 27), (28, 34), attend, (98, 105), (200, 500), (600, 900), idle, (978, 984)]
+    grid = Loop(10, 990, 1, [waits, clears, settles], skips)
+    copies = tuple(Copy(bundle, "hbm_to_vmem", 0) for bundle in (15, 450, 850, 965))
+    slots, capacity = np.zeros((1000, len(UNITS)), np.int64), np.ones(len(UNITS), np.int64)
+    schedule = Schedule("a kernel", Loop(0, 1000, 0, [grid]), slots, capacity, copies, 0, 0)
+    case = Case("windowed", SHAPES["gemma-4-31b-local"], "v5e:2x2", 64, batch=4)
+    counts = windowed_decode_work(case, schedule).counts.of_bundle
+    # Two programs of two sequences.
+    assert counts[[300, 700, 10, 40]].tolist() == [2, 2, 2, 2]
+    assert counts[[0, 15, 101, 965]].tolist() == [1, 1, 0, 0]
+
+
+def test_cases_of_integers_are_named_and_their_pools_have_scales() -> None:
+    named = {name: case for name, case in cases("v6e:2x2").items() if case.geometry.dtype == "int8"}
+    assert {case.kernel for case in named.values()} == {
+        "windowed", "paged", "windowed-prefill", "paged-prefill", "kv-update",
+    }  # fmt: skip
+    assert all(name.endswith(", int8") for name in named)
+    assert any(name in few_cases("v5e:2x2") for name in named)
+    # gpt-oss: 4,096 pages of 8 planes, in blocks of 32 where rows are bytes and not of 16.
+    of_gpt = named["windowed, gpt-oss-20b, int8"]
+    assert (of_gpt.block_size, pool_bytes(of_gpt)) == (32, 4096 * 8 * 32 * (128 + 4))
+    assert pool_bytes(cases("v6e:2x2")["windowed, gpt-oss-20b"]) == 4096 * 8 * 16 * 128 * 2
 
 
 def test_a_chunk_visits_no_more_keys_than_its_windows_need() -> None:

@@ -100,10 +100,7 @@ def windowed_decode_work(case: Case, schedule: Schedule) -> Work:
     tiles = window_tiles(shape, jnp.dtype(case.geometry.dtype))
     if tiles is None:
         return paged_decode_work(case, schedule)
-    # As ops chooses: no more places than rows, but room to fetch ahead.
-    together = min(tiles.together, case.batch)
-    sequences = max(2 * together, min(tiles.sequences, -(-case.batch // together) * together))
-    programs = -(-case.batch // sequences)
+    programs = -(-case.batch // tiles.for_rows(case.batch).sequences)
     grid = largest(schedule.code.loops)
     counts = Counts.of(schedule)
     counts.repeat(grid, programs)
@@ -113,8 +110,9 @@ def windowed_decode_work(case: Case, schedule: Schedule) -> Work:
     # Rows shorter than the window wait for their blocks in loops, and clear what they have none for.
     for loop in grid.loops:
         counts.rarely(_around(grid, loop), 0)
-    # Programs without a live row only fetch for later ones.
-    attend = max((s for s in grid.skips if not _covers(s, grid)), key=lambda s: s[1] - s[0])
+    # Programs without a live row only fetch for later ones. The first loop waits for writes before either.
+    writes = grid.loops[0]
+    attend = max((s for s in grid.skips if s[0] >= writes.end), key=lambda s: s[1] - s[0])
     for start, end in grid.skips:
         if start >= attend[1] and schedule.copies_in(start, end):
             counts.rarely((start, end), 0)
@@ -196,10 +194,6 @@ def _mean_turns(case: Case, blocks_of_tile: int) -> float:
         first = 0 if window is None else max(0, n - window) // block
         total += -(-(-(-n // block) - first) // blocks_of_tile)
     return total / block
-
-
-def _covers(stretch: tuple[int, int], loop: Loop) -> bool:
-    return stretch[1] - stretch[0] > 0.9 * loop.bundles
 
 
 def _around(outer: Loop, loop: Loop) -> tuple[int, int]:

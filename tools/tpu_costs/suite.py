@@ -14,7 +14,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from tools.tpu_costs.cases import SHAPES, Case, default_block_size
-from tools.tpu_costs.chips import CHIPS
 from tools.tpu_costs.measure import ROOT, compile_environment
 
 MOST_SEQUENCES = 256
@@ -31,10 +30,21 @@ GLOBAL_LAYERS = {
 }
 """Shapes that have global layers, with the tokens of their blocks."""
 
+INTEGERS = (
+    "windowed, gemma-4-31b-local",
+    "windowed, gpt-oss-20b",
+    "windowed-prefill, gemma-4-31b-local",
+    "kv-update, gemma-4-31b-local",
+    "paged, llama-3.1-8b",
+    "paged-prefill, gpt-oss-20b",
+)
+"""Cases that are compiled for int8 K/V too: the most planes, heads that share one, many query heads."""
+
 
 def cases(topology: str) -> dict[str, Case]:
-    """All cases of one topology by name."""
-    return dict(_cases(topology))
+    """All cases of one topology by name; those of int8 K/V end in ``int8``."""
+    wide = dict(_cases(topology))
+    return wide | {f"{name}, int8": _of_integers(wide[name]) for name in INTEGERS}
 
 
 def few_cases(topology: str) -> dict[str, Case]:
@@ -46,6 +56,9 @@ def few_cases(topology: str) -> dict[str, Case]:
         "windowed-prefill, gemma-3-27b-tp8",
         "paged-prefill, gpt-oss-20b",
         "kv-update, gemma-3-1b",
+        "windowed, gemma-4-31b-local, int8",
+        "windowed, gpt-oss-20b, int8",
+        "paged-prefill, gpt-oss-20b, int8",
     )
     everything = cases(topology)
     return {name: everything[name] for name in chosen}
@@ -66,6 +79,12 @@ def _cases(topology: str) -> Iterator[tuple[str, Case]]:
         decode = Case("paged", geometry, topology, block, LONGEST_CONTEXT, MOST_SEQUENCES)
         yield f"paged, {name}", decode
         yield f"paged-prefill, {name}", dataclasses.replace(decode, kernel="paged-prefill", batch=1, chunk=CHUNK)
+
+
+def _of_integers(case: Case) -> Case:
+    """The same load on int8 K/V, in blocks that rows of bytes fill."""
+    geometry = dataclasses.replace(case.geometry, dtype="int8")
+    return dataclasses.replace(case, geometry=geometry, block_size=max(case.block_size, default_block_size(geometry)))
 
 
 def compile_all(named: dict[str, Case], processes: int = 2) -> dict[str, dict[str, Any]]:
@@ -98,12 +117,8 @@ def _compile_share(share: Sequence[Case]) -> list[dict[str, Any]]:
 
 
 def pool_bytes(case: Case) -> int:
-    """Bytes of the pool that a case is given."""
+    """Bytes of the pool that a case is given, scales included where it has some: a word for each row."""
     from tools.tpu_costs.our_kernels import POOL_PAGES, attention_shape
 
-    return int(attention_shape(case).pages.rows * POOL_PAGES * 128 * case.geometry.itemsize)
-
-
-def everywhere() -> dict[str, Case]:
-    """All cases on all chips, by name and chip."""
-    return {f"{name}, {chip.name}": case for chip in CHIPS.values() for name, case in cases(chip.topology).items()}
+    row_bytes = 128 * case.geometry.itemsize + (4 if case.geometry.dtype == "int8" else 0)
+    return int(attention_shape(case).pages.rows * POOL_PAGES * row_bytes)
