@@ -1,7 +1,7 @@
 """Every kernel compiled ahead of time for TPUs that need not be there, at 256 sequences of 128k tokens.
 
-On v6e all shapes, on the other chips one of each kernel; ``make tpu-compile-all`` does the rest. That a case compiles
-says that its tables fit scalar memory and its tiles vector memory: the compiler counts both.
+On v6e all shapes, on the other chips one of each kernel, with int8 K/V fewer; ``make tpu-compile-all`` does the rest.
+That a case compiles says that its tables fit scalar memory and its tiles vector memory: the compiler counts both.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def test_it_compiles_in_place(compiled: dict[str, dict[str, Any]], name: str) ->
     case, result = (V6E | OTHERS)[name], compiled[name]
     assert "error" not in result, result["error"]
     writes = case.kernel in ("windowed", "paged", "kv-update")
-    # The pool is updated where it lies.
+    # The pool is updated where it lies, its scales with it.
     assert result["alias_bytes"] == (pool_bytes(case) if writes else 0)
     assert result["temp_bytes"] <= most_temporaries(case)
     print(f"{name}: {result['compile_seconds']} s of processor time")  # noqa: T201

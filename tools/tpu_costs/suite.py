@@ -48,7 +48,7 @@ def cases(topology: str) -> dict[str, Case]:
 
 
 def few_cases(topology: str) -> dict[str, Case]:
-    """One of each kernel, those of the shape that stresses it."""
+    """One of each kernel, those of the shape that stresses it; of int8 K/V a decode and a prefill."""
     chosen = (
         "windowed, gemma-4-31b-local",
         "windowed, gpt-oss-20b",
@@ -57,7 +57,6 @@ def few_cases(topology: str) -> dict[str, Case]:
         "paged-prefill, gpt-oss-20b",
         "kv-update, gemma-3-1b",
         "windowed, gemma-4-31b-local, int8",
-        "windowed, gpt-oss-20b, int8",
         "paged-prefill, gpt-oss-20b, int8",
     )
     everything = cases(topology)
