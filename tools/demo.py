@@ -116,12 +116,13 @@ def make_questions() -> list[Question]:
     return questions
 
 
-async def ask(client: AsyncInferenceClient, tokenizer: Tokenizer, question: Question) -> None:
-    """Streams one answer; the document and the question are one message of a chat."""
+async def ask(address: str, tokenizer: Tokenizer, question: Question) -> None:
+    """A client that streams one answer; the document and the question are one message of a chat."""
     message = {"role": "user", "content": f"{question.story.text} {question.text}"}
-    async for delta in client.generate_stream(tokenizer.encode_chat([message]), GREEDY):
-        question.answer += delta.completion.text
-        question.usage = delta.usage or question.usage
+    async with AsyncInferenceClient(address) as client:
+        async for delta in client.generate_stream(tokenizer.encode_chat([message]), GREEDY):
+            question.answer += delta.completion.text
+            question.usage = delta.usage or question.usage
 
 
 async def ask_all(address: str, console: Console) -> tuple[list[Question], ServerInfo]:
@@ -137,7 +138,7 @@ async def ask_all(address: str, console: Console) -> tuple[list[Question], Serve
             for batch in (first, rest):
                 async with asyncio.TaskGroup() as tasks:
                     for question in batch:
-                        tasks.create_task(ask(client, tokenizer, question))
+                        tasks.create_task(ask(address, tokenizer, question))
         return questions, await client.server_info()
 
 

@@ -9,9 +9,9 @@ Parts:
     transformers  greedy tokens of Hugging Face transformers on the same folder (an environment of its own is made)
     curve         the training curve that tools/train_demo_model.py wrote
 
-Each part replaces its own section of README.md in the model folder. Evaluation documents have names and values that
-were never trained on, and ask for each fact once. Exit status 1 when a goal is missed: recall, the other seed's
-distance, a damage that does not show, a token that differs.
+Each part replaces its own section of README.md in the model folder, which is begun where there is none. Evaluation
+documents have names and values that were never trained on, and ask for each fact once. Exit status 1 when a goal is
+missed: recall, the other seed's distance, a damage that does not show, a token that differs.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from hkv_jax.config import DEMO_MODEL  # noqa: E402
-from tools.demo_training import scoring  # noqa: E402
+from tools.demo_training import card, scoring  # noqa: E402
 from tools.throwaway_env import say  # noqa: E402
 
 PARTS: dict[str, Callable[[argparse.Namespace], bool]] = {
@@ -48,6 +48,14 @@ def main() -> int:
     options = parser.parse_args()
     if "seeds" in options.parts and options.other is None:
         parser.error("seeds needs --other, the folder of a model trained with another seed")
+    if options.documents < scoring.DAMAGED_SHARE:
+        parser.error(f"--documents must be at least {scoring.DAMAGED_SHARE}, is {options.documents}")
+    # Before minutes of measuring.
+    for folder in filter(None, (options.model, options.other)):
+        for name in ("config.json", "model.safetensors", scoring.CURVE):
+            if not (folder / name).is_file():
+                parser.error(f"{folder} has no {name}; name a folder that tools/train_demo_model.py wrote")
+    card.prepare(options.model / scoring.CARD, options.parts)
     passed = True
     for part in options.parts:
         say(f"{part} ...")

@@ -26,7 +26,8 @@ examples:
   git diff | hkv-jax chat --model models/smollm2-135m --system "Write a commit message." --max-tokens 60
 
 With --message, or when stdin is not a terminal, it answers and ends. Otherwise it is a conversation: Ctrl-C stops an
-answer, /reset begins anew, /exit or Ctrl-D ends. The model needs a chat template.
+answer, /reset begins anew, /exit or Ctrl-D ends. The model needs a chat template. A conversation is one sequence, so
+that --max-num-seqs is 1 unless it is given: programs for more need not be compiled.
 """
 
 
@@ -90,9 +91,11 @@ def run(args: argparse.Namespace) -> int:
         messages = [sys.stdin.read().strip()]
         if not messages[0]:
             raise RequestError("stdin is empty; pipe a message, or give --message TEXT")
+    elif messages is not None and not all(message.strip() for message in messages):
+        raise RequestError("--message is empty; say what to ask")
     from hkv_jax import LLM
 
-    with LLM(progress=start_progress(), **given_engine_options(args)) as llm:
+    with LLM(progress=start_progress(), **{"max_num_seqs": 1, **given_engine_options(args)}) as llm:
         # Said before the first question is typed: a base model cannot do this.
         llm.tokenizer.render_chat([{"role": "user", "content": "."}])
         show_layout(llm.layout)

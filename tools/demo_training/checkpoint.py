@@ -1,6 +1,6 @@
-"""Training state on disk: arrays in safetensors, the rest in JSON, so that a run goes on where it was stopped.
+"""Training state on disk: arrays in safetensors, the rest in its metadata, so that a run goes on where it was stopped.
 
-Owns: the two files of a run and their order of writing. Must never: pickle.
+Owns: the file of a run, one, so that arrays and record can never be of two steps. Must never: pickle.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 
 from tools.demo_training.model import Parameters
 
-_ARRAYS, _RECORD = "state.safetensors", "record.json"
+_ARRAYS = "state.safetensors"
 
 
 @dataclasses.dataclass
@@ -37,36 +38,32 @@ def save(folder: Path, state: State, identity: dict[str, Any]) -> None:
     arrays = {f"parameters.{name}": np.asarray(array) for name, array in state.parameters.items()}
     leaves = jax.tree.leaves(state.optimiser)
     arrays |= {f"optimiser.{index}": np.asarray(leaf) for index, leaf in enumerate(leaves)}
-    record = json.dumps({"identity": identity, "step": state.step, "curve": state.curve}, indent=1)
-    # One file holds arrays and record alike, so that they can never be of two steps; the record is also told apart.
+    record = json.dumps({"identity": identity, "step": state.step, "curve": state.curve})
     partial = folder / f"{_ARRAYS}.partial"
     save_file(arrays, partial, metadata={"record": record})
     os.replace(partial, folder / _ARRAYS)
-    (folder / _RECORD).write_text(record + "\n", encoding="utf-8")
 
 
 def restore(folder: Path, fresh: State, identity: dict[str, Any]) -> State:
     """The state in ``folder``, or ``fresh`` where there is none.
 
     Raises:
-        SystemExit: the folder holds a run of another identity (seed, stages, shape).
+        SystemExit: the folder holds a run of another identity (seed, stages, shape, rates), or no run at all.
     """
     path = folder / _ARRAYS
     if not path.exists():
         return fresh
-    record = _record(path)
-    if record["identity"] != json.loads(json.dumps(identity)):
-        raise SystemExit(f"{folder} holds a run of other settings; name another --run or remove it")
-    arrays = load_file(path)
+    try:
+        with safe_open(path, framework="numpy") as file:
+            record = json.loads(file.metadata()["record"])
+        arrays = load_file(path)
+    except (SafetensorError, TypeError, KeyError, ValueError) as error:
+        raise SystemExit(f"{path} is not the state of a run ({error}); remove it or name another RUN folder") from error
+    given, found = json.loads(json.dumps(identity)), record["identity"]
+    if found != given:
+        differs = ", ".join(name for name in given if found.get(name) != given[name])
+        raise SystemExit(f"{folder} holds a run of other settings ({differs}); name another RUN folder or remove it")
     old, structure = jax.tree.flatten(fresh.optimiser)
     leaves = [jnp.asarray(arrays[f"optimiser.{index}"]) for index in range(len(old))]
     parameters = {name: jnp.asarray(arrays[f"parameters.{name}"]) for name in fresh.parameters}
     return State(parameters, jax.tree.unflatten(structure, leaves), record["step"], record["curve"])
-
-
-def _record(path: Path) -> dict[str, Any]:
-    """The record in the header of a safetensors file: 8 bytes of length, then JSON."""
-    with path.open("rb") as file:
-        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-    record: dict[str, Any] = json.loads(header["__metadata__"]["record"])
-    return record

@@ -93,18 +93,14 @@ def foresee(shape: Shape, parameters: Parameters) -> Foresee:
 
 
 def score(
-    foreseen: Foresee,
-    count: int,
-    *,
-    fact_counts: Sequence[int] = FACT_COUNTS,
-    kinds: Sequence[str] = KINDS,
-    length: int = 4096,
+    foreseen: Foresee, count: int, say: Callable[[str], None], fact_counts: Sequence[int] = FACT_COUNTS
 ) -> dict[Cell, Score]:
-    """The scores of ``count`` documents of each kind and number of facts."""
+    """The scores of ``count`` documents of each kind and number of facts; ``say`` is told which are next."""
     scores: dict[Cell, Score] = {}
-    for kind in kinds:
+    for kind in KINDS:
         for num_facts in fact_counts:
-            for document in evaluation_documents(count, num_facts, kind, length):
+            say(f"  {count} documents, {kind}, {num_facts} facts")
+            for document in evaluation_documents(count, num_facts, kind):
                 right = foreseen(np.asarray(document.tokens, np.int32))
                 for answer in document.answers:
                     cell = Cell(kind, num_facts, answer.kind, bucket_of(answer))

@@ -16,8 +16,8 @@ MAX_CLAUSE_PARTS = 5
 THROUGH_WEIGHT = 1.5
 """Questions that take two lookups are the hardest, and not the most frequent."""
 COPIED_DIGITS = 27
-"""Digits of a number to copy. Each is copied 31 tokens later: after the rest of them, ".", the marks that end the turn
-and open the answer, "It" and "is", and read from one token before."""
+"""Digits of a number to copy. Each copy stands 32 tokens after its digit (the rest of them, ".", the marks that end the
+turn and open the answer, "It" and "is"), and is read from the token before it, window - 1 back."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -110,7 +110,7 @@ def follow_up_attribute(fact: Fact) -> Exchange:
 
 
 def ask_copy(digits: str) -> Exchange:
-    """Asks for a long number again: with ``COPIED_DIGITS`` digits each copy lies exactly window - 1 after its digit."""
+    """Asks for a long number again: with ``COPIED_DIGITS`` digits each is read from exactly window - 1 back."""
     return Exchange(f"Copy the number {digits}.", "It is ", digits, weight=0.3)
 
 

@@ -52,21 +52,30 @@ def loss(
 
 
 def train(
-    folder: Path, shape: Shape, seed: int, say: Callable[[str], None], stages: tuple[Stage, ...] = curriculum.STAGES
+    folder: Path,
+    shape: Shape,
+    seed: int,
+    say: Callable[[str], None],
+    stages: tuple[Stage, ...] = curriculum.STAGES,
+    is_stopped: Callable[[], bool] = lambda: False,
 ) -> State:
-    """Train to the end of the last stage, from the checkpoint in ``folder`` where there is one."""
+    """Train to the end of the last stage, from the checkpoint in ``folder`` where there is one.
+
+    A run that ``is_stopped`` ends after the step it is in, and its state is saved: the next call goes on from there.
+    """
     transform = optimiser.make(min(curriculum.DECAY_STEPS, curriculum.total_steps(stages)))
     parameters = initial_parameters(shape, seed)
     identity: dict[str, Any] = {
         "seed": seed,
         "stages": [dataclasses.astuple(stage) for stage in stages],
-        "vocab_size": shape.vocab_size,
+        "shape": dataclasses.asdict(shape),
+        "rates": [optimiser.MUON_RATE, optimiser.ADAM_RATE, curriculum.DECAY_STEPS],
     }
     state = checkpoint.restore(folder, State(parameters, transform.init(parameters)), identity)
     total, encoder = curriculum.total_steps(stages), WordEncoder()
     say(f"seed {seed}: step {state.step} of {total}")
     tally, started, tokens_done = Tally(), time.perf_counter(), 0
-    while state.step < total:
+    while state.step < total and not is_stopped():
         stage = curriculum.stage_at(state.step, stages)
         if curriculum.begins_with_copy(state.step, stages):
             state.parameters = copy_global_attention(shape, state.parameters)
@@ -85,8 +94,9 @@ def train(
                 f"{name} {number:.3f}" for name, number in record.items() if name not in ("step", "length")
             )
             say(f"step {state.step}/{total} length {stage.length} {speed:.0f} tokens/s: {numbers}")
-        if state.step % SAVE_EVERY == 0 or state.step == total:
+        if state.step % SAVE_EVERY == 0:
             checkpoint.save(folder, state, identity)
+    checkpoint.save(folder, state, identity)
     return state
 
 

@@ -29,6 +29,7 @@ Parameters = dict[str, jax.Array]
 
 QUERY_BLOCK = 256
 """Queries of a global layer that are attended at once; bounds the scores in memory to heads × 256 × T."""
+MAX_NEW_TOKENS = 64
 _EPS = 1e-6
 _INITIAL_SCALE, _INITIAL_SHARPNESS, _INITIAL_BRANCH = 0.2, 0.3, 0.3
 
@@ -259,7 +260,9 @@ def save(folder: Path, shape: Shape, parameters: Mapping[str, Any]) -> None:
     _write_json(folder / "config.json", config)
     ids = {name: config[name] for name in ("bos_token_id", "eos_token_id")}
     pad = vocabulary.SPECIAL_TOKENS.index(vocabulary.PAD)
-    _write_json(folder / "generation_config.json", {**ids, "pad_token_id": pad, "do_sample": False})
+    # On text that it does not understand it may repeat itself without end; no answer it was trained on is as long.
+    limits = {"do_sample": False, "max_new_tokens": MAX_NEW_TOKENS}
+    _write_json(folder / "generation_config.json", {**ids, "pad_token_id": pad, **limits})
     tensors: dict[str, np.ndarray[Any, Any]] = {
         "model.embed_tokens.weight": np.asarray(parameters["embedding"]),
         "model.norm.weight": np.asarray(parameters["final_norm"]),

@@ -37,7 +37,7 @@ def question_of(document: Document, answer: Answer) -> Question:
     return Question(tokens[:start], tokens[start:stop], answer.kind, answer.start - answer.distance)
 
 
-def farthest(document: Document, count: int, kinds: tuple[str, ...] = ("fact", "through")) -> list[Question]:
+def farthest(document: Document, count: int, kinds: tuple[str, ...]) -> list[Question]:
     """The ``count`` questions of ``kinds`` whose facts lie farthest back and whose answers end within the document."""
     asked = [one for one in document.answers if one.kind in kinds]
     whole = [one for one in asked if END_OF_ANSWER in document.tokens[one.start :]]

@@ -18,8 +18,9 @@ import numpy as np
 from hkv_jax import LLM, SamplingParams
 from tools.demo_training import evaluation, model
 from tools.demo_training.evaluation import Foresee
+from tools.demo_training.paged import num_right
 from tools.demo_training.question_set import recall_questions
-from tools.demo_training.questions import END_OF_ANSWER, Question
+from tools.demo_training.questions import END_OF_ANSWER
 from tools.throwaway_env import reference_python, run_in
 
 NEW_TOKENS = 32
@@ -74,7 +75,7 @@ def compare(folder: Path, venv: Path | None) -> Outcome:
     return Outcome(
         num_questions=len(questions),
         same=sum(a == b and c for a, b, c in zip(theirs, paged, dense, strict=True)),
-        right=_num_right(theirs, questions),
+        right=num_right(theirs, questions),
         smallest_margin=min(margins),
         versions=reference["versions"],
     )
@@ -107,7 +108,3 @@ def _is_greedy(foreseen: Foresee, prompt: list[int], answer: list[int]) -> bool:
 
 def _to_end(tokens: list[int]) -> list[int]:
     return tokens[: tokens.index(END_OF_ANSWER) + 1] if END_OF_ANSWER in tokens else tokens
-
-
-def _num_right(answers: Sequence[list[int]], questions: Sequence[Question]) -> int:
-    return sum(answer == question.answer for answer, question in zip(answers, questions, strict=True))

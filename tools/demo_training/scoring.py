@@ -14,12 +14,15 @@ from typing import Any
 from tools.demo_training import dense_damage, evaluation, model, paged_scores, reference_scores
 from tools.demo_training.card import percent, replace_section, table
 from tools.demo_training.evaluation import BUCKETS, FACT_COUNTS, KINDS, Cell, Score, total
+from tools.throwaway_env import say
 
 CARD = "README.md"
 CURVE = "training_curve.json"
 GOAL = 0.98
 CROWDED_SAME_ATTRIBUTE_GOAL = 0.95
 """At 100 facts that differ in the name alone."""
+DAMAGED_SHARE = 4
+"""One in so many of the documents is enough to see damage, of which there is a lot to try."""
 MOST_APART = 0.02
 """Of two training seeds' shares."""
 _OTHER_KINDS = {
@@ -84,7 +87,9 @@ def write_damage(options: argparse.Namespace) -> bool:
     dense: dict[str, Scores] = {}
     for name, damaged in dense_damage.damaged_shapes(shape).items():
         foreseen = evaluation.foresee(damaged, parameters)
-        dense[name] = evaluation.score(foreseen, options.documents // 4, fact_counts=(40,))
+        say(f"  dense, {name}")
+        dense[name] = evaluation.score(foreseen, options.documents // DAMAGED_SHARE, say, (40,))
+    say("  paged engine")
     paged = paged_scores.damage_scores(options.model)
     rows = []
     for name in dict.fromkeys((*dense, *paged)):
@@ -95,7 +100,8 @@ def write_damage(options: argparse.Namespace) -> bool:
         rows.append([name, *map(percent, columns), f"{one.right} of {one.asked}"])
     kinds = [_OTHER_KINDS[kind] for kind in _DAMAGE_KINDS]
     headings = ["damage", "facts ≤ 256 back", "facts farther", *kinds, "paged engine"]
-    replace_section(options.model / CARD, "damage", table(headings, rows))
+    each = f"Dense: {options.documents // DAMAGED_SHARE} documents of each kind."
+    replace_section(options.model / CARD, "damage", [each, "", *table(headings, rows)])
     return all((one.right == one.asked) == (name == "none") for name, one in paged.items())
 
 
@@ -124,7 +130,7 @@ def write_curve(options: argparse.Namespace) -> bool:
 
 def _scores(folder: Path, documents: int) -> Scores:
     shape, parameters = model.load(folder)
-    return evaluation.score(evaluation.foresee(shape, parameters), documents)
+    return evaluation.score(evaluation.foresee(shape, parameters), documents, say)
 
 
 def _curve(folder: Path) -> dict[str, Any]:

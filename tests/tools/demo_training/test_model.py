@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 
 import jax
@@ -14,7 +13,7 @@ import pytest
 from hkv_jax.families import read_model_spec
 from hkv_jax.spec import LayerKind
 from tools.demo_training import curriculum, loop, model
-from tools.demo_training.checkpoint import _ARRAYS
+from tools.demo_training.checkpoint import _ARRAYS, State
 from tools.demo_training.curriculum import Stage
 from tools.demo_training.dense_damage import damaged_shapes
 from tools.demo_training.softmax_attention import attend
@@ -94,9 +93,17 @@ def test_every_damage_changes_the_logits() -> None:
         assert np.abs(damaged - whole).max() > 1e-3, name
 
 
-def test_a_run_that_is_stopped_goes_on_as_if_it_were_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> State:
+    """A run that nothing stopped."""
+    return loop.train(tmp_path_factory.mktemp("whole"), TINY, 7, lambda _: None, STAGES)
+
+
+@pytest.mark.slow
+def test_a_run_that_is_stopped_goes_on_as_if_it_were_not(
+    whole: State, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(loop, "SAVE_EVERY", 2)
-    whole = loop.train(tmp_path / "whole", TINY, 7, lambda _: None, STAGES)
 
     class StoppedError(Exception):
         pass
@@ -117,15 +124,28 @@ def test_a_run_that_is_stopped_goes_on_as_if_it_were_not(tmp_path: Path, monkeyp
         np.testing.assert_array_equal(resumed.parameters[name], array, err_msg=name)
 
 
+@pytest.mark.slow
+def test_a_run_that_is_asked_to_stop_saves_its_last_step(whole: State, tmp_path: Path) -> None:
+    answers = iter([False, False, True])
+    stopped = loop.train(tmp_path / "stopped", TINY, 7, lambda _: None, STAGES, is_stopped=lambda: next(answers))
+    assert stopped.step == 2
+    resumed = loop.train(tmp_path / "stopped", TINY, 7, lambda _: None, STAGES)
+    for name, array in whole.parameters.items():
+        np.testing.assert_array_equal(resumed.parameters[name], array, err_msg=name)
+
+
 def test_a_run_of_other_settings_is_refused(tmp_path: Path) -> None:
     loop.train(tmp_path, TINY, 7, lambda _: None, STAGES[1:])
-    assert (tmp_path / _ARRAYS).exists()
-    with pytest.raises(SystemExit, match="other settings"):
-        loop.train(tmp_path, TINY, 8, lambda _: None, STAGES[1:])
+    for shape, seed, differs in ((TINY, 8, "seed"), (dataclasses.replace(TINY, hidden=32), 7, "shape")):
+        with pytest.raises(SystemExit, match=rf"other settings \({differs}\)"):
+            loop.train(tmp_path, shape, seed, lambda _: None, STAGES[1:])
+    (tmp_path / _ARRAYS).write_bytes(b"not a checkpoint")
+    with pytest.raises(SystemExit, match="not the state of a run"):
+        loop.train(tmp_path, TINY, 7, lambda _: None, STAGES[1:])
 
 
+@pytest.mark.slow
 def test_training_lowers_the_loss(tmp_path: Path) -> None:
     state = loop.train(tmp_path, TINY, 0, lambda _: None, (Stage(64, 4, 60, 0.5, 0.2, 0.0),))
     assert state.curve[-1]["loss"] < 0.5 * np.log(TINY.vocab_size)  # half of what guessing costs
-    record = json.loads((tmp_path / "record.json").read_text())
-    assert record["step"] == 60
+    assert state.step == 60
