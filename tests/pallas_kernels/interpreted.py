@@ -5,7 +5,10 @@ Owns: the mode, and what must hold after every call. Must never: know a kernel.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import io
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -25,6 +28,18 @@ def races_found() -> bool:
         if hasattr(module, "races"):
             return bool(module.races is not None and module.races.races_found)
     raise AssertionError("this jax keeps the races it found somewhere else")
+
+
+@contextlib.contextmanager
+def settled() -> Iterator[None]:
+    """Around an interpreted call and the wait for it: fails where the kernel left copies that it did not wait for.
+
+    The interpreter only prints that; a TPU may stop, or the next call believe that its copies have arrived.
+    """
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        yield
+    assert "non-zero count" not in said.getvalue(), said.getvalue()
 
 
 def assert_same_bits(actual: Any, expected: Any) -> None:
