@@ -146,6 +146,11 @@ def _tile(shape: AttentionShape, inputs: DecodeInputs) -> WindowTile | None:
     heads = HeadLayout(shape, tiles.heads_per_product)
     query_dtype = jnp.dtype(inputs.queries.dtype)
     return WindowTile(
-        heads, dtype, query_dtype, write_rows(dtype),
-        sequences=tiles.sequences, together=tiles.together, turns=tiles.turns,
-    )  # fmt: skip
+        heads,
+        dtype,
+        query_dtype,
+        write_rows(dtype),
+        sequences=tiles.sequences,
+        together=tiles.together,
+        turns=tiles.turns,
+    )
