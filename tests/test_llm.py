@@ -276,6 +276,8 @@ def test_ctrl_c_aborts_the_requests_and_leaves_the_model_usable(folder: Path) ->
         from hkv_jax.testing.fake_model import fake_engine_factory
         from hkv_jax.testing.stepped_engine import SteppedEngine
 
+        # Commands that a shell runs in the background are started without it, and so would the test be.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         engine = None
         def make(config):
             global engine
