@@ -12,6 +12,7 @@ Axis letters: T tokens, K kv heads, D head dim.
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -23,6 +24,7 @@ from pallas_kernels.kv_update.items import WriteItems
 from pallas_kernels.kv_update.kernel import UpdatePlan, update_kernel
 from pallas_kernels.pages import LANES, PageGeometry, own_rows
 from pallas_kernels.scales import Arena, NewKV, arena_of, check_dtype, pool_views
+from pallas_kernels.tiles import vector_memory_limit
 
 
 def update(
@@ -75,6 +77,7 @@ def _call(
     arrays = [jnp.pad(array, padding) for array in arrays]
     planes, window = plan.pages.num_planes, plan.window_rows
     window_shape = (planes, window) if plan.of_words else (planes, window, LANES)
+    scratch_bytes = 2 * (math.prod(window_shape) + math.prod(view.shape[1:])) * view.dtype.itemsize
     anywhere = pl.BlockSpec(memory_space=pl.ANY)
     return pl.pallas_call(
         update_kernel(plan, len(arrays)),
@@ -93,7 +96,11 @@ def _call(
         ),
         out_shape=jax.ShapeDtypeStruct(view.shape, view.dtype),
         input_output_aliases={3 + len(arrays): 0},
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",), disable_bounds_checks=True),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("arbitrary",),
+            vmem_limit_bytes=vector_memory_limit(scratch_bytes),
+            disable_bounds_checks=True,
+        ),
         interpret=interpret,
         name="scale_update" if plan.of_words else "kv_update",
     )(items.items, items.num_items, layer.reshape(1), *arrays, view)

@@ -159,6 +159,17 @@ def test_a_case_survives_the_way_to_another_process() -> None:
         (["--kernel", "windowed", "--shape", "llama-3.1-8b"], "a windowed kernel needs --window"),
         (["--kernel", "paged", "--shape", "gemma-3-1b", "--q-heads", "3", "--kv-heads", "2"], "--q-heads 3 must be a"),
         (["--kernel", "paged", "--shape", "gemma-3-1b", "--topology", "v3:2x2"], "no figures for 'v3'"),
+        (["--kernel", "windowed", "--shape", "gemma-3-1b", "--window", "0"], "argument --window: 0 is not at least 1"),
+        (["--kernel", "paged", "--shape", "gemma-3-1b", "--window", "64"], "--window: a paged kernel reads the whole"),
+        (
+            ["--kernel", "paged", "--shape", "gemma-3-1b", "--block-size", "48"],
+            "--block-size 48 must be a power",
+        ),
+        (["--kernel", "paged", "--shape", "gemma-3-1b", "--head-dim", "600"], "--head-dim 600 must be at most 512"),
+        (["--kernel", "paged", "--shape", "gemma-3-1b", "--chunk", "16"], "--chunk 16: paged decodes"),
+        (["--kernel", "kv-update", "--shape", "gemma-3-1b", "--batch", "2"], "--batch 2: kv-update is modelled for"),
+        (["--kernel", "paged", "--shape", "gemma-3-1b", "--options", "{x"], "--options '{x' is not JSON"),
+        (["--kernel", "paged", "--shape", "gemma-3-1b", "--options", '{"keys": 1}'], "--options: paged takes none"),
     ],
 )
 def test_what_cannot_be_measured_is_said(arguments: list[str], message: str) -> None:

@@ -16,7 +16,8 @@ from tools.tpu_costs.measured import Work
 from tools.tpu_costs.schedule import Loop, Schedule
 from tools.tpu_costs.trips import Counts, first_fetch, largest
 
-POOL_PAGES = 4096
+POOL_PAGES, POOL_BYTES = 4096, 4 << 30
+"""Of the pool that a kernel is compiled for: fewer pages where they are so large that a chip's memory would end."""
 
 
 def attention_shape(case: Case) -> Any:
@@ -55,12 +56,18 @@ def new_tokens(case: Case, struct: Callable[..., Any], count: int) -> tuple[Any,
     return new, struct((count, pages.num_planes), "int32") if geometry.dtype == "int8" else None
 
 
+def pool_rows(case: Case) -> int:
+    """Rows of 128 elements of the pool."""
+    rows = int(attention_shape(case).pages.rows)
+    return rows * min(POOL_PAGES, POOL_BYTES // (rows * 128 * case.geometry.itemsize))
+
+
 def arena_of_case(case: Case, struct: Callable[..., Any]) -> Any:
-    """A pool of ``POOL_PAGES`` pages."""
+    """The pool of a case."""
     from pallas_kernels.pages import LANES
     from pallas_kernels.scales import ScaledArena
 
-    rows = attention_shape(case).pages.rows * POOL_PAGES
+    rows = pool_rows(case)
     values = struct((1, rows, LANES), case.geometry.dtype)
     is_scaled = case.geometry.dtype == "int8"
     return ScaledArena(values, struct((1, rows // LANES, LANES), "int32")) if is_scaled else values
@@ -101,6 +108,9 @@ def windowed_decode_work(case: Case, schedule: Schedule) -> Work:
     if tiles is None:
         return paged_decode_work(case, schedule)
     programs = -(-case.batch // tiles.for_rows(case.batch).sequences)
+    if programs < 2:
+        least = tiles.sequences + 1
+        raise ValueError(f"a batch of {case.batch} is one program, which has no steady state; give {least} or more")
     grid = largest(schedule.code.loops)
     counts = Counts.of(schedule)
     counts.repeat(grid, programs)
@@ -127,6 +137,8 @@ def paged_decode_work(case: Case, schedule: Schedule) -> Work:
 
     from pallas_kernels.tiles import paged_tiles
 
+    if case.batch < 2:
+        raise ValueError("a batch of 1 is one program, which has no steady state; give 2 or more")
     tiles = paged_tiles(attention_shape(case), jnp.dtype(case.geometry.dtype))
     grid = largest(schedule.code.loops)
     turning = largest(grid.loops)
