@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import pytest
 
 from pallas_kernels import tiles
+from pallas_kernels.paged_attention import ops
 from pallas_kernels.paged_attention.ops import decode
 from pallas_kernels.pages import AttentionShape, PageGeometry
 from tests.pallas_kernels.decode_cases import DecodeCase, check_decode_case
@@ -53,6 +54,13 @@ def test_integers_with_scales(heads: tuple[int, int], dim: int, block: int) -> N
     shape = AttentionShape(PageGeometry(block, heads[1], dim, dim), heads[0], None, dim**-0.5)
     positions = (0, -1, block - 1, 2 * block, 5 * block + 7)
     check_decode_case(DecodeCase(shape, positions, "int8", without_slot=(4,), sinks=dim == 64), decode)
+
+
+def test_writes_of_eight_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What chips before TPU7x write back of bfloat16: half of the tile that a CPU takes."""
+    monkeypatch.setattr(ops, "write_rows", lambda _dtype: 8)
+    shape = shape_of((4, 2), (128, 128), None)
+    check_decode_case(DecodeCase(shape, (0, 7, 8, 15, 16, 90, -1), "bfloat16", "bfloat16", without_slot=(5,)), decode)
 
 
 def test_soft_cap() -> None:

@@ -7,6 +7,7 @@ import pytest
 
 from pallas_kernels import tiles
 from pallas_kernels.pages import AttentionShape, PageGeometry
+from pallas_kernels.windowed_attention import ops
 from pallas_kernels.windowed_attention.ops import decode
 from tests.pallas_kernels.decode_cases import DecodeCase, check_decode_case
 from tests.pallas_kernels.shapes import BLOCK, shape_of
@@ -65,6 +66,13 @@ def test_programs_take_turns_in_their_places(
     assert chosen is not None and (chosen.sequences, chosen.turns) == (sequences, 4 // sequences)
     # More rows than there is room for, and an odd number of them.
     check_decode_case(DecodeCase(shape, (*ragged(64), 40, 90, 3), dtype, without_slot=(5, 7)), decode)
+
+
+def test_writes_of_eight_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What chips before TPU7x write back of bfloat16: half of the tile that a CPU takes."""
+    monkeypatch.setattr(ops, "write_rows", lambda _dtype: 8)
+    shape = shape_of((4, 2), (128, 128), 32)
+    check_decode_case(DecodeCase(shape, ragged(32), "bfloat16", "bfloat16", without_slot=(5,)), decode)
 
 
 def test_soft_cap() -> None:
