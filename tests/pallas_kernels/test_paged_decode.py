@@ -56,6 +56,12 @@ def test_integers_with_scales(heads: tuple[int, int], dim: int, block: int) -> N
     check_decode_case(DecodeCase(shape, positions, "int8", without_slot=(4,), sinks=dim == 64), decode)
 
 
+def test_integers_with_queries_of_bfloat16() -> None:
+    """As a TPU has them."""
+    shape = AttentionShape(PageGeometry(32, 2, 128, 128), 4, None, 128**-0.5)
+    check_decode_case(DecodeCase(shape, (0, 63, -1, 64, 200), "int8", "bfloat16", without_slot=(1,)), decode)
+
+
 def test_writes_of_eight_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """What chips before TPU7x write back of bfloat16: half of the tile that a CPU takes."""
     monkeypatch.setattr(ops, "write_rows", lambda _dtype: 8)

@@ -55,6 +55,12 @@ def test_integers_with_scales(heads: tuple[int, int], dim: int, block: int, wind
     check_decode_case(DecodeCase(shape, positions, "int8", without_slot=(4,), sinks=dim == 64), decode)
 
 
+def test_integers_with_queries_of_bfloat16() -> None:
+    """As a TPU has them."""
+    shape = AttentionShape(PageGeometry(32, 2, 128, 128), 4, 64, 128**-0.5)
+    check_decode_case(DecodeCase(shape, (0, 63, -1, 64, 200), "int8", "bfloat16", without_slot=(1,)), decode)
+
+
 @pytest.mark.parametrize(("dtype", "block", "sequences"), [("float32", BLOCK, 1), ("int8", 32, 2)])
 def test_programs_take_turns_in_their_places(
     dtype: str, block: int, sequences: int, monkeypatch: pytest.MonkeyPatch
