@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.resources
+from pathlib import Path
+
 import jax.numpy as jnp
 import pytest
 
@@ -86,5 +89,14 @@ def test_the_data_file_overrules_the_formula(monkeypatch: pytest.MonkeyPatch) ->
     assert tiles.window_tiles(shape_named("gemma-3-1b"), BFLOAT16) != tiles.WindowTiles(6, 3, 1)
 
 
-def test_the_data_file_is_read() -> None:
-    assert set(tiles._data()) <= {"windowed_decode", "paged_decode"}
+def test_the_data_file_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = {"num_heads": 64, "num_kv_heads": 8, "key_dim": 64, "block_size": 16, "heads": 2}
+    lines = [f"{name} = {value}" for name, value in entry.items()]
+    (tmp_path / "tiles.toml").write_text("\n".join(["[[paged_prefill]]", *lines]))
+    monkeypatch.setattr(importlib.resources, "files", lambda _package: tmp_path)
+    tiles._data.cache_clear()
+    try:
+        assert tiles.overrides("paged_prefill", shape_named("gpt-oss-20b")) == {"heads": 2}
+        assert tiles.overrides("paged_decode", shape_named("gpt-oss-20b")) == {}
+    finally:
+        tiles._data.cache_clear()
