@@ -19,7 +19,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from tools.tpu_costs.cases import SHAPES, Case, Geometry, default_block_size  # noqa: E402
+from hkv_jax.kvcache.format import MAX_BLOCK_SIZE  # noqa: E402
+from tools.tpu_costs.cases import CHUNK, SHAPES, Case, Geometry, default_block_size  # noqa: E402
 from tools.tpu_costs.chips import chip_of  # noqa: E402
 from tools.tpu_costs.kernels import KERNELS  # noqa: E402
 from tools.tpu_costs.measure import DoesNotCompile, measure  # noqa: E402
@@ -30,8 +31,8 @@ PEER_BLOCK_SIZE = 128
 ONE_ROW = ("windowed-prefill", "paged-prefill", "kv-update")
 """Kernels that are modelled for a chunk of one sequence."""
 DECODE = ("windowed", "paged", "jax-paged")
-CHUNK, BATCH = 2048, 64
-SMALLEST_BLOCK, LARGEST_BLOCK, LARGEST_HEAD = 8, 4096, 512
+BATCH = 64
+SMALLEST_BLOCK, LARGEST_HEAD = 8, 512
 
 
 def main() -> int:
@@ -73,8 +74,8 @@ def _case(options: argparse.Namespace) -> Case:
     """
     geometry = _geometry(options)
     block = options.block_size or (PEER_BLOCK_SIZE if options.kernel in PEERS else default_block_size(geometry))
-    if block & (block - 1) or not SMALLEST_BLOCK <= block <= LARGEST_BLOCK:
-        raise ValueError(f"--block-size {block} must be a power of two from {SMALLEST_BLOCK} to {LARGEST_BLOCK}")
+    if block & (block - 1) or not SMALLEST_BLOCK <= block <= MAX_BLOCK_SIZE:
+        raise ValueError(f"--block-size {block} must be a power of two from {SMALLEST_BLOCK} to {MAX_BLOCK_SIZE}")
     batch = options.batch or (1 if options.kernel in ONE_ROW else BATCH)
     chunk = options.chunk or (CHUNK if options.kernel in ONE_ROW else 1)
     if options.kernel in ONE_ROW and batch > 1:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import io
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -30,16 +30,17 @@ def races_found() -> bool:
     raise AssertionError("this jax keeps the races it found somewhere else")
 
 
-@contextlib.contextmanager
-def settled() -> Iterator[None]:
-    """Around an interpreted call and the wait for it: fails where the kernel left copies that it did not wait for.
+def settled_call(function: Callable[..., Any], *arguments: Any) -> Any:
+    """What ``function`` gives, compiled; fails where a kernel raced or left copies that it did not wait for.
 
-    The interpreter only prints that; a TPU may stop, or the next call believe that its copies have arrived.
+    The interpreter only prints the latter; a TPU may stop, or the next call believe that its copies have arrived.
     """
     said = io.StringIO()
     with contextlib.redirect_stdout(said):
-        yield
+        result = jax.block_until_ready(jax.jit(function)(*arguments))
     assert "non-zero count" not in said.getvalue(), said.getvalue()
+    assert not races_found()
+    return result
 
 
 def assert_same_bits(actual: Any, expected: Any) -> None:

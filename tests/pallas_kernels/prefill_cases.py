@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -18,7 +17,7 @@ from pallas_kernels.prefill_attention.reference import prefill_reference
 from pallas_kernels.prefill_attention.tile import PrefillTile, choose_tile
 from pallas_kernels.prefill_rows import StepTokens, prefill_rows
 from pallas_kernels.scales import NewKV
-from tests.pallas_kernels.interpreted import INTERPRET, assert_same_bits, races_found, settled
+from tests.pallas_kernels.interpreted import INTERPRET, assert_same_bits, settled_call
 from tests.pallas_kernels.pools import NanPool, as_tokens, drawn_tokens
 
 NUM_LAYERS = 2
@@ -110,9 +109,7 @@ def check_prefill_case(case: PrefillCase) -> None:
     """Outputs are those of the reference, what no row has is untouched, there is no race, and nothing is NaN."""
     inputs, plan = case.inputs(), case.plan
     expected = prefill_reference(case.shape, inputs, plan.queries)
-    with settled():
-        outputs = jax.block_until_ready(jax.jit(lambda given: run(plan, given, INTERPRET))(inputs))
-    assert not races_found()
+    outputs = settled_call(lambda given: run(plan, given, INTERPRET), inputs)
     assert outputs.dtype == inputs.queries.dtype
     first, last = (int(case.tokens.query_starts[row]) for row in (case.tokens.first_row, case.tokens.end_row))
     for others in (slice(0, first), slice(last, None)):

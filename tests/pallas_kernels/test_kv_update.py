@@ -14,7 +14,7 @@ from pallas_kernels.kv_update.ops import update
 from pallas_kernels.pages import LANES, NO_SLOT, PageGeometry
 from pallas_kernels.prefill_rows import StepTokens
 from pallas_kernels.scales import NewKV
-from tests.pallas_kernels.interpreted import INTERPRET, assert_same_bits, races_found, settled
+from tests.pallas_kernels.interpreted import INTERPRET, assert_same_bits, settled_call
 from tests.pallas_kernels.pools import NanPool, drawn_tokens
 
 NUM_LAYERS = 2
@@ -71,10 +71,7 @@ def check(case: UpdateCase) -> WriteItems:
             page, offset = divmod(int(slots[token]), block)
             pool.put(page + LAYER, offset, new, token)
     items = jax.jit(lambda s: write_items(pages, case.tokens, s))(jnp.asarray(slots))
-    call = jax.jit(lambda n, a: update(pages, n, a, jnp.int32(LAYER), items, INTERPRET))
-    with settled():
-        written = jax.block_until_ready(call(new, arena))
-    assert not races_found()
+    written = settled_call(lambda n, a: update(pages, n, a, jnp.int32(LAYER), items, INTERPRET), new, arena)
     jax.tree.map(assert_same_bits, written, pool.arena())
     return items
 

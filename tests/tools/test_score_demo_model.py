@@ -7,13 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.tools.demo_training.tiny_shape import TINY
 from tools import score_demo_model, train_demo_model
 from tools.demo_training import card, curriculum, evaluation, loop, model, scoring
 from tools.demo_training.curriculum import Stage
-
-TINY = model.Shape(
-    448, hidden=16, intermediate=16, num_heads=2, head_dim=8, windows=(32, None, None), globals_at=(1, 2)
-)
 
 
 def run(monkeypatch: pytest.MonkeyPatch, main: object, *arguments: object) -> int:

@@ -10,6 +10,8 @@ import json
 from typing import Any
 
 LANES = 128
+CHUNK = 2048
+"""New tokens of a sequence in a prefill, unless told otherwise."""
 
 
 @dataclasses.dataclass(frozen=True)

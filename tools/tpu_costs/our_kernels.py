@@ -11,7 +11,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from tools.tpu_costs.cases import Case, Geometry
+from tools.tpu_costs.cases import LANES, Case, Geometry
 from tools.tpu_costs.measured import Work
 from tools.tpu_costs.schedule import Loop, Schedule
 from tools.tpu_costs.trips import Counts, first_fetch, largest
@@ -59,12 +59,11 @@ def new_tokens(case: Case, struct: Callable[..., Any], count: int) -> tuple[Any,
 def pool_rows(case: Case) -> int:
     """Rows of 128 elements of the pool."""
     rows = int(attention_shape(case).pages.rows)
-    return rows * min(POOL_PAGES, POOL_BYTES // (rows * 128 * case.geometry.itemsize))
+    return rows * min(POOL_PAGES, POOL_BYTES // (rows * LANES * case.geometry.itemsize))
 
 
 def arena_of_case(case: Case, struct: Callable[..., Any]) -> Any:
     """The pool of a case."""
-    from pallas_kernels.pages import LANES
     from pallas_kernels.scales import ScaledArena
 
     rows = pool_rows(case)

@@ -13,12 +13,11 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from tools.tpu_costs.cases import SHAPES, Case, default_block_size
+from tools.tpu_costs.cases import CHUNK, LANES, SHAPES, Case, default_block_size
 from tools.tpu_costs.measure import ROOT, compile_environment
 
 MOST_SEQUENCES = 256
 LONGEST_CONTEXT = 128 * 1024
-CHUNK = 2048
 LARGE_BLOCK = 1024
 """Four pages of it lie in vector memory while it is written: more than the compiler grants a kernel unasked."""
 
@@ -125,5 +124,5 @@ def pool_bytes(case: Case) -> int:
     """Bytes of the pool that a case is given, scales included where it has some: a word for each row."""
     from tools.tpu_costs.our_kernels import pool_rows
 
-    row_bytes = 128 * case.geometry.itemsize + (4 if case.geometry.dtype == "int8" else 0)
+    row_bytes = LANES * case.geometry.itemsize + (4 if case.geometry.dtype == "int8" else 0)
     return pool_rows(case) * row_bytes

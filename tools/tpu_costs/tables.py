@@ -9,7 +9,7 @@ import concurrent.futures
 import dataclasses
 from collections.abc import Sequence
 
-from tools.tpu_costs.cases import SHAPES, Case, default_block_size
+from tools.tpu_costs.cases import CHUNK, SHAPES, Case, default_block_size
 from tools.tpu_costs.chips import CHIPS
 from tools.tpu_costs.measure import DoesNotCompile, Measured, measure_loads
 from tools.tpu_costs.measured import Cost
@@ -121,14 +121,14 @@ def prefill_cases() -> list[tuple[str, Case]]:
     for name in ("gemma-3-27b-tp8", "gemma-3-1b", "gpt-oss-20b", "gemma-4-31b-local"):
         geometry = SHAPES[name]
         case = Case(
-            "windowed-prefill", geometry, CHIPS["v6e"].topology, default_block_size(geometry), batch=1, chunk=2048
+            "windowed-prefill", geometry, CHIPS["v6e"].topology, default_block_size(geometry), batch=1, chunk=CHUNK
         )
         found.append((name, case))
         if name == "gemma-3-27b-tp8":
             found.append((name, dataclasses.replace(case, kernel="kv-update")))
     for name in ("gemma-3-27b-tp8", "llama-3.1-8b", "gpt-oss-20b"):
         case = _global_case(name, "v6e", 32768, 128)
-        found.append((f"{name}, global", dataclasses.replace(case, kernel="paged-prefill", batch=1, chunk=2048)))
+        found.append((f"{name}, global", dataclasses.replace(case, kernel="paged-prefill", batch=1, chunk=CHUNK)))
     return found
 
 
@@ -138,7 +138,6 @@ INTEGER_SHAPES = {
     "windowed-prefill": ("gemma-3-27b-tp8",),
     "paged-prefill": ("llama-3.1-8b",),
 }
-CHUNK = 2048
 
 
 def integer_cases() -> list[tuple[str, Case]]:

@@ -12,6 +12,7 @@ import pytest
 
 from hkv_jax.families import read_model_spec
 from hkv_jax.spec import LayerKind
+from tests.tools.demo_training.tiny_shape import TINY
 from tools.demo_training import curriculum, loop, model
 from tools.demo_training.checkpoint import _ARRAYS, State
 from tools.demo_training.curriculum import Stage
@@ -19,9 +20,6 @@ from tools.demo_training.dense_damage import damaged_shapes
 from tools.demo_training.softmax_attention import attend
 from tools.demo_training.tokenizer import WordEncoder
 
-TINY = model.Shape(
-    448, hidden=16, intermediate=16, num_heads=2, head_dim=8, windows=(32, None, None), globals_at=(1, 2)
-)
 STAGES = (Stage(64, 2, 3, 0.5, 0.2, 0.5), Stage(128, 1, 2, 0.0, 0.0, 0.0, copy_first=True))
 
 
