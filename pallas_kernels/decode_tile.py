@@ -12,8 +12,9 @@ import dataclasses
 import jax.numpy as jnp
 
 from pallas_kernels.heads import HeadLayout
-from pallas_kernels.pages import AttentionShape
-from pallas_kernels.scales import is_scaled, word_rows
+from pallas_kernels.pages import LANES, AttentionShape
+from pallas_kernels.scales import buffer_rows, is_scaled, word_rows
+from pallas_kernels.vector_memory import VectorBuffer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,3 +63,18 @@ class DecodeTile:
     def block(self) -> int:
         """P."""
         return self.shape.pages.block_size
+
+    def block_buffers(self, count: int, num_blocks: int) -> list[VectorBuffer]:
+        """``count`` times ``num_blocks`` blocks of planes; of integers, their scales as well."""
+        pages = self.shape.pages
+        buffers = [VectorBuffer((count, pages.num_planes, num_blocks * self.block, LANES), self.kv_dtype)]
+        if self.scaled:
+            buffers.append(VectorBuffer((count, buffer_rows(pages, num_blocks), LANES), jnp.dtype(jnp.int32)))
+        return buffers
+
+    def write_buffers(self, count: int) -> list[VectorBuffer]:
+        """``count`` times the rows that one new token writes; of integers, the scales of its block as well."""
+        buffers = [VectorBuffer((count, self.shape.pages.num_planes, self.write_rows, LANES), self.kv_dtype)]
+        if self.scaled:
+            buffers.append(VectorBuffer((count, self.word_rows, LANES), jnp.dtype(jnp.int32)))
+        return buffers

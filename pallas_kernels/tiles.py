@@ -14,7 +14,7 @@ import dataclasses
 import functools
 import importlib.resources
 import tomllib
-from typing import Any
+from typing import Any, TypeVar
 
 import jax.numpy as jnp
 
@@ -22,9 +22,6 @@ from pallas_kernels.pages import LANES, AttentionShape
 
 POOL_BYTES = 40 * 2**20
 """Most bytes of vector memory that blocks may take."""
-
-BESIDE_BYTES = 16 * 2**20
-"""Bytes of vector memory for everything else: queries, outputs, what the compiler spills."""
 
 TOGETHER = ((2**19, 4), (2**21, 2))
 """Windows below so many bytes arrive before one computation's latencies are over: so many are computed together."""
@@ -54,6 +51,15 @@ class WindowTiles:
     heads_per_product: int
     turns: int = 1
 
+    def faults(self) -> list[str]:
+        """What is wrong with them, in words."""
+        faults = []
+        if self.together < 1 or self.sequences % self.together or not self.sequences:
+            faults.append("sequences must be a multiple of together")
+        if self.turns < 1 or self.sequences * self.turns < 2 * self.together:
+            faults.append("sequences times turns must be at least twice together")
+        return faults
+
     def for_rows(self, num_rows: int) -> WindowTiles:
         """As these, but with no more sequences than rows, where there is room to fetch ahead all the same."""
         together = min(self.together, num_rows)
@@ -70,6 +76,18 @@ class PagedTiles:
     buffers: int
     heads_per_product: int
 
+    def faults(self) -> list[str]:
+        """What is wrong with them, in words."""
+        faults = []
+        if self.blocks < 1 or LANES % self.blocks:
+            faults.append(f"blocks must be a power of two up to {LANES}")
+        if self.buffers < 2:
+            faults.append("buffers must be at least 2")
+        return faults
+
+
+_Tiles = TypeVar("_Tiles", WindowTiles, PagedTiles)
+
 
 def window_tiles(shape: AttentionShape, dtype: jnp.dtype) -> WindowTiles | None:
     """Tiles of a windowed decode; ``None`` where two windows do not fit vector memory."""
@@ -81,8 +99,9 @@ def window_tiles(shape: AttentionShape, dtype: jnp.dtype) -> WindowTiles | None:
     divisors = (n for n in range(places, together, -1) if not places % n and not n % together)
     most = UNROLLED_ROWS // (shape.table_width * shape.pages.rows)
     sequences = next((n for n in divisors if n <= most), together)
-    chosen = WindowTiles(sequences, together, heads_per_product(shape), places // sequences)
-    return dataclasses.replace(chosen, **overrides("windowed_decode", shape))
+    chosen = {"sequences": sequences, "together": together, "heads_per_product": heads_per_product(shape)}
+    chosen |= overrides("windowed_decode", shape)
+    return _checked(WindowTiles(**{"turns": max(1, places // chosen["sequences"]), **chosen}), shape)
 
 
 def paged_tiles(shape: AttentionShape, dtype: jnp.dtype) -> PagedTiles:
@@ -94,7 +113,21 @@ def paged_tiles(shape: AttentionShape, dtype: jnp.dtype) -> PagedTiles:
     blocks = _power_of_two(min(max(1, min(by_scores, by_bytes)), most, LANES))
     buffers = max(2, min(4, 1 + -(-TILE_BYTES // (blocks * page_bytes(shape, dtype)))))
     chosen = PagedTiles(blocks, buffers, heads_per_product(shape))
-    return dataclasses.replace(chosen, **overrides("paged_decode", shape))
+    return _checked(dataclasses.replace(chosen, **overrides("paged_decode", shape)), shape)
+
+
+def _checked(tiles: _Tiles, shape: AttentionShape) -> _Tiles:
+    """The tiles, if a kernel can be made of them.
+
+    Raises:
+        ValueError: they do not fit together, as only those of the data file can.
+    """
+    faults = tiles.faults()
+    if shape.pages.num_kv_heads % tiles.heads_per_product:
+        faults.append(f"heads_per_product must divide {shape.pages.num_kv_heads} kv heads")
+    if faults:
+        raise ValueError(f"tiles.toml: {'; '.join(faults)}; {tiles} for {shape}")
+    return tiles
 
 
 def heads_per_product(shape: AttentionShape) -> int:
@@ -106,11 +139,6 @@ def heads_per_product(shape: AttentionShape) -> int:
 def page_bytes(shape: AttentionShape, dtype: jnp.dtype) -> int:
     """Bytes of one page."""
     return shape.pages.rows * LANES * jnp.dtype(dtype).itemsize
-
-
-def vector_memory_limit(block_buffer_bytes: int) -> int:
-    """What a kernel with that many bytes of block buffers asks of the compiler."""
-    return block_buffer_bytes + BESIDE_BYTES
 
 
 def _power_of_two(number: int) -> int:

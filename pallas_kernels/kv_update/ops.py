@@ -12,7 +12,6 @@ Axis letters: T tokens, K kv heads, D head dim.
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any
 
 import jax
@@ -20,11 +19,12 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels import vector_memory
 from pallas_kernels.kv_update.items import WriteItems
 from pallas_kernels.kv_update.kernel import UpdatePlan, update_kernel
 from pallas_kernels.pages import LANES, PageGeometry, own_rows
 from pallas_kernels.scales import Arena, NewKV, arena_of, check_dtype, pool_views
-from pallas_kernels.tiles import vector_memory_limit
+from pallas_kernels.vector_memory import VectorBuffer
 
 
 def update(
@@ -77,7 +77,7 @@ def _call(
     arrays = [jnp.pad(array, padding) for array in arrays]
     planes, window = plan.pages.num_planes, plan.window_rows
     window_shape = (planes, window) if plan.of_words else (planes, window, LANES)
-    scratch_bytes = 2 * (math.prod(window_shape) + math.prod(view.shape[1:])) * view.dtype.itemsize
+    buffers = [VectorBuffer((2, *shape), view.dtype) for shape in (window_shape, view.shape[1:])]
     anywhere = pl.BlockSpec(memory_space=pl.ANY)
     return pl.pallas_call(
         update_kernel(plan, len(arrays)),
@@ -87,8 +87,7 @@ def _call(
             in_specs=[*(anywhere for _ in arrays), anywhere],
             out_specs=anywhere,
             scratch_shapes=[
-                pltpu.VMEM((2, *window_shape), view.dtype),
-                pltpu.VMEM((2, *view.shape[1:]), view.dtype),
+                *vector_memory.allocations(buffers),
                 pltpu.SemaphoreType.DMA((2,)),
                 pltpu.SemaphoreType.DMA((2,)),
                 pltpu.SemaphoreType.DMA(()),
@@ -98,7 +97,7 @@ def _call(
         input_output_aliases={3 + len(arrays): 0},
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("arbitrary",),
-            vmem_limit_bytes=vector_memory_limit(scratch_bytes),
+            vmem_limit_bytes=vector_memory.limit(buffers),
             disable_bounds_checks=True,
         ),
         interpret=interpret,

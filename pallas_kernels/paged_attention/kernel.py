@@ -28,7 +28,7 @@ from pallas_kernels.pages import LANES, NO_SLOT
 from pallas_kernels.scales import NoScales, slot_of_word, tile_scales
 
 TABLES_HELD = 3
-"""Rows whose table is in scalar memory: the one that is fetched and the next."""
+"""Rows whose table is in scalar memory: the one whose blocks are fetched and the two after it."""
 
 WRITES_HELD = 2
 

@@ -14,12 +14,14 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels import vector_memory
 from pallas_kernels.decode_inputs import DecodeInputs, check_decode
 from pallas_kernels.heads import HeadLayout
 from pallas_kernels.paged_attention.kernel import TABLES_HELD, WRITES_HELD, PagedTile, decode_kernel
 from pallas_kernels.pages import LANES, AttentionShape, token_planes, write_rows
-from pallas_kernels.scales import Arena, arena_of, buffer_rows, in_every_slot, pool_views
-from pallas_kernels.tiles import page_bytes, paged_tiles, vector_memory_limit
+from pallas_kernels.scales import Arena, arena_of, in_every_slot, pool_views
+from pallas_kernels.tiles import paged_tiles
+from pallas_kernels.vector_memory import VectorBuffer
 
 
 def decode(
@@ -37,7 +39,7 @@ def decode(
     """
     check_decode(shape, inputs)
     num_rows = inputs.queries.shape[0]
-    tile = _tile(shape, jnp.dtype(inputs.keys.dtype), jnp.dtype(inputs.queries.dtype))
+    tile = decode_tile(shape, jnp.dtype(inputs.keys.dtype), jnp.dtype(inputs.queries.dtype))
     heads, pages, rows = tile.heads, shape.pages, inputs.rows
     pool = pool_views(inputs.arena, pages)
     new_words = [] if inputs.words is None else [in_every_slot(inputs.words, pages)]
@@ -53,8 +55,7 @@ def decode(
 
     whole_sinks = [pl.BlockSpec((shape.num_heads, LANES), lambda i, *_: (0, 0)) for _ in sinks]
     in_hbm = pl.BlockSpec(memory_space=pl.ANY)
-    running = (shape.num_heads, LANES)
-    value_lanes = heads.output_shape[1]
+    buffers = vector_buffers(tile)
     outputs, *pool = pl.pallas_call(
         decode_kernel(tile, has_sinks=bool(sinks)),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -70,16 +71,7 @@ def decode(
             ],
             out_specs=[by_row(*heads.output_shape), *(in_hbm for _ in pool)],
             scratch_shapes=[
-                pltpu.VMEM((tile.buffers, pages.num_planes, tile.tokens, LANES), tile.kv_dtype),
-                *(
-                    pltpu.VMEM((tile.buffers, buffer_rows(pages, tile.blocks), LANES), words.dtype)
-                    for words in new_words
-                ),
-                pltpu.VMEM((WRITES_HELD, pages.num_planes, tile.write_rows, LANES), tile.kv_dtype),
-                *(pltpu.VMEM((WRITES_HELD, *words.shape[1:]), words.dtype) for words in new_words),
-                pltpu.VMEM(running, jnp.float32),
-                pltpu.VMEM(running, jnp.float32),
-                pltpu.VMEM((shape.num_heads, value_lanes), jnp.float32),
+                *vector_memory.allocations(buffers),
                 pltpu.SMEM((TABLES_HELD, vectors, LANES), jnp.int32),
                 pltpu.SMEM((4,), jnp.int32),
                 pltpu.SemaphoreType.DMA((tile.buffers,)),
@@ -94,7 +86,7 @@ def decode(
         input_output_aliases={7 + len(new_words) + len(sinks) + i: 1 + i for i in range(len(pool))},
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("arbitrary",),
-            vmem_limit_bytes=vector_memory_limit(tile.buffers * tile.blocks * page_bytes(shape, tile.kv_dtype)),
+            vmem_limit_bytes=vector_memory.limit(buffers),
             disable_bounds_checks=True,
         ),
         interpret=interpret,
@@ -115,7 +107,15 @@ def decode(
     return heads.unpack_outputs(outputs), arena_of(pool, inputs.arena)
 
 
-def _tile(shape: AttentionShape, dtype: jnp.dtype, query_dtype: jnp.dtype) -> PagedTile:
+def vector_buffers(tile: PagedTile) -> list[VectorBuffer]:
+    """What the kernel holds: tiles of blocks, rows to write, and a row's maxima, totals and sums so far."""
+    lanes = (LANES, LANES, tile.heads.output_shape[1])
+    running = [VectorBuffer((tile.shape.num_heads, count), jnp.dtype(jnp.float32)) for count in lanes]
+    return [*tile.block_buffers(tile.buffers, tile.blocks), *tile.write_buffers(WRITES_HELD), *running]
+
+
+def decode_tile(shape: AttentionShape, dtype: jnp.dtype, query_dtype: jnp.dtype) -> PagedTile:
+    """The static plan of a step: ``dtype`` is the pool's."""
     tiles = paged_tiles(shape, dtype)
     heads = HeadLayout(shape, tiles.heads_per_product)
     return PagedTile(heads, dtype, query_dtype, write_rows(dtype), blocks=tiles.blocks, buffers=tiles.buffers)

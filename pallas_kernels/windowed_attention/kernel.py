@@ -51,7 +51,7 @@ class WindowTile(DecodeTile):
 
     @property
     def merged(self) -> bool:
-        """Whether the oldest and the newest block share P rows of the tile."""
+        """Whether the oldest and the newest block share P rows of the tile; there are two at least then."""
         assert self.shape.window is not None
         return self.shape.window % self.block == 0
 
@@ -63,7 +63,7 @@ class WindowTile(DecodeTile):
     @property
     def tile_blocks(self) -> int:
         """Blocks of the tile that is multiplied."""
-        return self.fetched_blocks - 1 if self.merged and self.fetched_blocks > 1 else self.fetched_blocks
+        return self.fetched_blocks - 1 if self.merged else self.fetched_blocks
 
 
 class Scalars(NamedTuple):
@@ -316,8 +316,7 @@ def _blocks_of_positions(tile: WindowTile, row: Row) -> list[tuple[Any, Any]]:
     is_full = row.num_blocks == most
     missing = jnp.where(is_full, 0, 1)
     between = [(i - missing, i < row.num_blocks - 1 + missing) for i in range(1, most - 1)]
-    oldest = [(0, is_full)] if most > 1 else []
-    return [*oldest, *between, (jnp.maximum(row.num_blocks, 1) - 1, row.num_blocks > 0)]
+    return [(0, is_full), *between, (jnp.maximum(row.num_blocks, 1) - 1, row.num_blocks > 0)]
 
 
 class _Scored(NamedTuple):
@@ -449,18 +448,15 @@ def _complete_scales(tile: WindowTile, row: Row, new_ref: Any, buffers: Buffers)
     buffers.word_writes[row.place] = complete
     if not tile.merged:
         words_ref[newest_block, :] = complete
-    elif tile.fetched_blocks > 1:
-        words_ref[:rows, :] = jnp.where(slot <= last, complete, words_ref[:rows, :])
     else:
-        words_ref[:rows, :] = complete
+        words_ref[:rows, :] = jnp.where(slot <= last, complete, words_ref[:rows, :])
     return tile_scales(tile.heads, words_ref, tile.tile_blocks)
 
 
 def _merged_edge(tile: WindowTile, plane_ref: Any, new_row: jax.Array, last: Any) -> jax.Array:
     """The first P rows of a plane of W rows: those of the newest block that are live, then those of the oldest."""
     begin = (tile.fetched_blocks - 1) * tile.block
-    newest = plane_ref[begin:, :]
-    oldest = plane_ref[: tile.block, :] if begin else jnp.zeros_like(newest)
+    newest, oldest = plane_ref[begin:, :], plane_ref[: tile.block, :]
     index = lax.broadcasted_iota(jnp.int32, newest.shape, 0)
     return jnp.where(index == last, new_row, jnp.where(index < last, newest, oldest))
 

@@ -7,18 +7,22 @@ Axis letters: S rows, H query heads, K kv heads, D head dim, M columns of a tabl
 
 from __future__ import annotations
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels import vector_memory
 from pallas_kernels.decode_inputs import DecodeInputs, check_decode
 from pallas_kernels.heads import HeadLayout
 from pallas_kernels.paged_attention.ops import decode as paged_decode
 from pallas_kernels.pages import LANES, NO_SLOT, AttentionShape, token_planes, write_rows
 from pallas_kernels.rows import in_vectors
-from pallas_kernels.scales import Arena, arena_of, buffer_rows, in_every_slot, pool_views
-from pallas_kernels.tiles import page_bytes, vector_memory_limit, window_tiles
+from pallas_kernels.scales import Arena, arena_of, in_every_slot, pool_views
+from pallas_kernels.tiles import window_tiles
+from pallas_kernels.vector_memory import VectorBuffer
 from pallas_kernels.windowed_attention.kernel import WindowTile, decode_kernel
 
 MOST_TABLE_ENTRIES = 2**17
@@ -31,7 +35,8 @@ def decode(
     """Writes each row's K/V to its slot and attends over its window.
 
     A row without a slot sees its own K/V all the same. Tables are in scalar memory, so there may be at most
-    ``MOST_TABLE_ENTRIES / M`` rows: 7,710 of a window of 1,024 in blocks of 64.
+    ``MOST_TABLE_ENTRIES / M`` rows: 7,710 of a window of 1,024 in blocks of 64. A window too large to be held twice is
+    read in tiles, by paged decode, whose tables stay in HBM.
 
     Returns:
         outputs [S, H, Dv] in the dtype of the queries, 0 for rows of length 0; and the arena, in place.
@@ -40,16 +45,16 @@ def decode(
         ValueError: as ``check_decode`` says, or there are too many rows.
     """
     check_decode(shape, inputs)
+    tile = decode_tile(shape, jnp.dtype(inputs.keys.dtype), jnp.dtype(inputs.queries.dtype), inputs.queries.shape[0])
+    if tile is None:
+        tables = in_vectors(inputs.rows.tables)
+        return paged_decode(shape, inputs._replace(rows=inputs.rows._replace(tables=tables)), interpret)
     if inputs.rows.tables.size > MOST_TABLE_ENTRIES:
         num_rows, width = inputs.rows.tables.shape
         raise ValueError(
             f"{num_rows} rows with tables of {width} entries; at most {MOST_TABLE_ENTRIES // width} rows fit scalar "
             "memory"
         )
-    tile = _tile(shape, inputs)
-    if tile is None:
-        tables = in_vectors(inputs.rows.tables)
-        return paged_decode(shape, inputs._replace(rows=inputs.rows._replace(tables=tables)), interpret)
     asked = inputs.queries.shape[0]
     inputs = _padded(inputs, -asked % tile.sequences)
     num_rows = inputs.queries.shape[0]
@@ -64,7 +69,7 @@ def decode(
 
     whole_sinks = [pl.BlockSpec((shape.num_heads, LANES), lambda i, *_: (0, 0)) for _ in sinks]
     in_pool = pl.BlockSpec(memory_space=pl.ANY)
-    places, planes = range(tile.sequences), pages.num_planes
+    buffers = vector_buffers(tile)
     output_shape = jax.ShapeDtypeStruct((num_rows, *heads.output_shape), inputs.queries.dtype)
     outputs, *pool = pl.pallas_call(
         decode_kernel(tile, num_rows, has_sinks=bool(sinks)),
@@ -80,17 +85,7 @@ def decode(
             ],
             out_specs=[by_program(*heads.output_shape), *(in_pool for _ in pool)],
             scratch_shapes=[
-                *(
-                    pltpu.VMEM((tile.turns, planes, tile.fetched_blocks * tile.block, LANES), tile.kv_dtype)
-                    for _ in places
-                ),
-                *(
-                    pltpu.VMEM((tile.turns, buffer_rows(pages, tile.fetched_blocks), LANES), words.dtype)
-                    for words in new_words
-                    for _ in places
-                ),
-                pltpu.VMEM((tile.sequences, planes, tile.write_rows, LANES), tile.kv_dtype),
-                *(pltpu.VMEM((tile.sequences, *words.shape[1:]), words.dtype) for words in new_words),
+                *vector_memory.allocations(buffers),
                 pltpu.SemaphoreType.DMA((tile.sequences, tile.turns)),
                 pltpu.SemaphoreType.DMA,
                 pltpu.SMEM((1,), jnp.int32),
@@ -100,9 +95,7 @@ def decode(
         input_output_aliases={6 + len(new_words) + len(sinks) + i: 1 + i for i in range(len(pool))},
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("arbitrary",),
-            vmem_limit_bytes=vector_memory_limit(
-                tile.sequences * tile.turns * tile.fetched_blocks * page_bytes(shape, tile.kv_dtype)
-            ),
+            vmem_limit_bytes=vector_memory.limit(buffers),
             disable_bounds_checks=True,
         ),
         interpret=interpret,
@@ -121,6 +114,12 @@ def decode(
     return heads.unpack_outputs(outputs)[:asked], arena_of(pool, inputs.arena)
 
 
+def vector_buffers(tile: WindowTile) -> list[VectorBuffer]:
+    """What the kernel holds: the blocks of each place, the scales of each, and rows to write."""
+    by_place = [tile.block_buffers(tile.turns, tile.fetched_blocks)] * tile.sequences
+    return [*itertools.chain(*zip(*by_place, strict=True)), *tile.write_buffers(tile.sequences)]
+
+
 def _padded(inputs: DecodeInputs, count: int) -> DecodeInputs:
     """With ``count`` rows more that do nothing, so that programs are full."""
     if not count:
@@ -137,20 +136,12 @@ def _padded(inputs: DecodeInputs, count: int) -> DecodeInputs:
     )
 
 
-def _tile(shape: AttentionShape, inputs: DecodeInputs) -> WindowTile | None:
-    dtype = jnp.dtype(inputs.keys.dtype)
+def decode_tile(shape: AttentionShape, dtype: jnp.dtype, query_dtype: jnp.dtype, num_rows: int) -> WindowTile | None:
+    """The static plan of a step: ``dtype`` is the pool's. ``None`` where two windows do not fit vector memory."""
     tiles = window_tiles(shape, dtype)
     if tiles is None:
         return None
-    tiles = tiles.for_rows(inputs.queries.shape[0])
+    tiles = tiles.for_rows(num_rows)
     heads = HeadLayout(shape, tiles.heads_per_product)
-    query_dtype = jnp.dtype(inputs.queries.dtype)
-    return WindowTile(
-        heads,
-        dtype,
-        query_dtype,
-        write_rows(dtype),
-        sequences=tiles.sequences,
-        together=tiles.together,
-        turns=tiles.turns,
-    )
+    sizes = {"sequences": tiles.sequences, "together": tiles.together, "turns": tiles.turns}
+    return WindowTile(heads, dtype, query_dtype, write_rows(dtype), **sizes)

@@ -27,13 +27,17 @@ LAYER = 1
 
 @dataclasses.dataclass(frozen=True)
 class DecodeCase:
-    """One call: rows at ``positions`` (−1: a row that does nothing), those in ``without_slot`` write nothing."""
+    """One call: rows at ``positions`` (−1: a row that does nothing), those in ``without_slot`` write nothing.
+
+    Windowed layers have nothing below ``context_starts`` (all 0 where there are none).
+    """
 
     shape: AttentionShape
     positions: tuple[int, ...]
     dtype: str = "float32"
     query_dtype: str = "float32"
     without_slot: tuple[int, ...] = ()
+    context_starts: tuple[int, ...] = ()
     sinks: bool = False
     seed: int = 0
 
@@ -41,6 +45,7 @@ class DecodeCase:
         rng = np.random.default_rng(self.seed)
         pages, num_rows = self.shape.pages, len(self.positions)
         positions = np.array(self.positions, np.int32)
+        context_starts = np.array(self.context_starts or (0,) * num_rows, np.int32)
         ring = self.shape.window is not None
         width = self.shape.table_width if ring else max(int(positions.max(initial=0)) // pages.block_size + 2, 2)
         # Lanes are not rows, and pages lie in no order; the pool has blocks that nobody holds.
@@ -57,7 +62,7 @@ class DecodeCase:
                 slots[row] = self._fill(rng, pool, tables[lanes[row]], (row, int(position)), int(spare[row]))
         live = jnp.asarray(positions >= 0)
         safe = jnp.asarray(np.maximum(positions, 0))
-        query_rows = QueryRows(jnp.asarray(lanes), safe, jnp.zeros(num_rows, jnp.int32), jnp.asarray(slots), live)
+        query_rows = QueryRows(jnp.asarray(lanes), safe, jnp.asarray(context_starts), jnp.asarray(slots), live)
         rows: DecodeRows = (
             windowed_rows(self.shape, jnp.asarray(tables), query_rows)
             if ring
@@ -83,7 +88,8 @@ class DecodeCase:
         row, position = who
         pages, width = self.shape.pages, len(table)
         block = pages.block_size
-        first = 0 if self.shape.window is None else max(position - self.shape.window + 1, 0)
+        context_start = self.context_starts[row] if self.context_starts else 0
+        first = 0 if self.shape.window is None else max(position - self.shape.window + 1, context_start)
         writes = row not in self.without_slot
         # A global row without a slot reads what the pool has at its own position.
         end = position + (self.shape.window is None and not writes)

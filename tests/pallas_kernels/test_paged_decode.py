@@ -42,6 +42,7 @@ def test_a_row_without_a_slot_sees_what_the_pool_holds() -> None:
         ((8, 1), (512, 512)),
         ((4, 2), (192, 128)),
         ((4, 2), (96, 96)),
+        ((4, 2), (80, 80)),
     ],
     ids=str,
 )
@@ -67,6 +68,10 @@ def test_writes_of_eight_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ops, "write_rows", lambda _dtype: 8)
     shape = shape_of((4, 2), (128, 128), None)
     check_decode_case(DecodeCase(shape, (0, 7, 8, 15, 16, 90, -1), "bfloat16", "bfloat16", without_slot=(5,)), decode)
+
+
+def test_queries_narrower_than_the_pool() -> None:
+    check_decode_case(DecodeCase(shape_of((4, 2), (128, 128)), (3, 140), "float32", "bfloat16"), decode)
 
 
 def test_soft_cap() -> None:

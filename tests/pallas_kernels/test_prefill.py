@@ -71,6 +71,7 @@ def test_a_tile_whose_newest_key_only_the_first_query_does_not_see() -> None:
         ((2, 1), (512, 512)),
         ((4, 2), (192, 128)),
         ((4, 2), (96, 96)),
+        ((4, 2), (80, 80)),
         ((8, 2), (32, 32)),
     ],
     ids=str,
@@ -121,9 +122,17 @@ def test_scales_of_blocks_of_several_rows() -> None:
 
 
 @pytest.mark.parametrize("window", [40, None])
-def test_queries_wider_than_the_pool(window: int | None) -> None:
+def test_integers_with_queries_of_bfloat16(window: int | None) -> None:
+    """As a TPU has them."""
+    shape = AttentionShape(PageGeometry(32, 2, 128, 128), 4, window, 128**-0.5)
+    check_prefill_case(PrefillCase(shape, ((5, 9, 0), (70, 20, 64)), 32, 2, "int8", "bfloat16"))
+
+
+@pytest.mark.parametrize(("dtype", "query_dtype"), [("bfloat16", "float32"), ("float32", "bfloat16")])
+@pytest.mark.parametrize("window", [40, None])
+def test_queries_and_pool_of_two_dtypes(window: int | None, dtype: str, query_dtype: str) -> None:
     shape = shape_of((4, 2), (128, 128), window)
-    check_prefill_case(PrefillCase(shape, ((50, 20, 0),), 32, dtype="bfloat16"))
+    check_prefill_case(PrefillCase(shape, ((50, 20, 0),), 32, dtype=dtype, query_dtype=query_dtype))
 
 
 def test_a_step_without_rows_to_prefill_leaves_all_outputs() -> None:

@@ -8,8 +8,10 @@ from pathlib import Path
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels import tiles
+from pallas_kernels import tiles, vector_memory
+from pallas_kernels.paged_attention import ops as paged_attention
 from pallas_kernels.pages import AttentionShape, PageGeometry
+from pallas_kernels.windowed_attention import ops as windowed_attention
 
 BFLOAT16 = jnp.dtype(jnp.bfloat16)
 # (query heads, kv heads, head dim, window, block size) of one chip.
@@ -31,21 +33,18 @@ def shape_named(name: str) -> AttentionShape:
     return AttentionShape(PageGeometry(block, kv_heads, dim, dim), heads, window, 1.0)
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.int8, jnp.float32])
 @pytest.mark.parametrize("name", SHAPES)
-def test_tiles_fit_the_smallest_vector_memory(name: str) -> None:
-    shape = shape_named(name)
-    page = tiles.page_bytes(shape, BFLOAT16)
-    paged = tiles.paged_tiles(shape, BFLOAT16)
-    assert paged.buffers >= 2
-    assert 128 % paged.blocks == 0
-    assert shape.pages.num_kv_heads % paged.heads_per_product == 0
-    assert tiles.vector_memory_limit(paged.buffers * paged.blocks * page) <= 64 * 2**20
-    windowed = tiles.window_tiles(shape, BFLOAT16) if shape.window else None
+def test_what_the_kernels_hold_fits_the_smallest_vector_memory(name: str, dtype: jnp.dtype) -> None:
+    shape, dtype, queries = shape_named(name), jnp.dtype(dtype), 8
+    paged = paged_attention.decode_tile(shape, dtype, BFLOAT16)
+    held = [paged_attention.vector_buffers(paged)]
+    windowed = windowed_attention.decode_tile(shape, dtype, BFLOAT16, queries) if shape.window else None
     if windowed is not None:
-        assert windowed.sequences % windowed.together == 0
-        places = windowed.sequences * windowed.turns
-        assert places >= 2 * windowed.together
-        assert tiles.vector_memory_limit(places * shape.table_width * page) <= 64 * 2**20
+        held.append(windowed_attention.vector_buffers(windowed))
+    page = shape.pages.rows * 128 * dtype.itemsize
+    for buffers in held:
+        assert 2 * page <= vector_memory.limit(buffers) <= 64 * 2**20
 
 
 def test_a_window_that_does_not_fit_twice_is_read_in_tiles() -> None:
@@ -87,6 +86,33 @@ def test_the_data_file_overrules_the_formula(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(tiles, "_data", lambda: {"windowed_decode": [entry]})
     assert tiles.window_tiles(shape, BFLOAT16) == tiles.WindowTiles(6, 3, before.heads_per_product)
     assert tiles.window_tiles(shape_named("gemma-3-1b"), BFLOAT16) != tiles.WindowTiles(6, 3, 1)
+
+
+def test_more_sequences_of_the_data_file_take_turns_in_the_same_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = AttentionShape(PageGeometry(64, 16, 256, 256), 32, 1024, 1.0)
+    entry = {"num_heads": 32, "num_kv_heads": 16, "key_dim": 256, "block_size": 64, "sequences": 4}
+    monkeypatch.setattr(tiles, "_data", lambda: {"windowed_decode": [entry]})
+    assert tiles.window_tiles(shape, jnp.dtype(jnp.int8)) == tiles.WindowTiles(4, 1, 1, turns=1)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "wrong", "message"),
+    [
+        ("windowed_decode", {"sequences": 6, "together": 4}, "multiple of together"),
+        ("windowed_decode", {"sequences": 4, "together": 4, "turns": 1}, "twice together"),
+        ("windowed_decode", {"heads_per_product": 3}, "divide 8 kv heads"),
+        ("paged_decode", {"blocks": 3}, "power of two up to 128"),
+        ("paged_decode", {"buffers": 1}, "at least 2"),
+    ],
+)
+def test_tiles_of_the_data_file_that_do_not_fit_together_are_refused(
+    kernel: str, wrong: dict[str, int], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entry = {"num_heads": 64, "num_kv_heads": 8, "key_dim": 64, "block_size": 16, **wrong}
+    monkeypatch.setattr(tiles, "_data", lambda: {kernel: [entry]})
+    choose = tiles.window_tiles if kernel == "windowed_decode" else tiles.paged_tiles
+    with pytest.raises(ValueError, match=f"tiles.toml: .*{message}"):
+        choose(shape_named("gpt-oss-20b"), BFLOAT16)
 
 
 def test_the_data_file_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

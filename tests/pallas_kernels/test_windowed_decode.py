@@ -34,6 +34,7 @@ def test_window_edges(window: int) -> None:
         ((2, 1), (512, 512)),
         ((4, 2), (192, 128)),
         ((4, 2), (96, 96)),
+        ((4, 2), (80, 80)),
         ((8, 2), (32, 32)),
     ],
     ids=str,
@@ -61,15 +62,19 @@ def test_integers_with_queries_of_bfloat16() -> None:
     check_decode_case(DecodeCase(shape, (0, 63, -1, 64, 200), "int8", "bfloat16", without_slot=(1,)), decode)
 
 
-@pytest.mark.parametrize(("dtype", "block", "sequences"), [("float32", BLOCK, 1), ("int8", 32, 2)])
+@pytest.mark.parametrize(
+    ("dtype", "block", "sequences", "together"),
+    [("float32", BLOCK, 1, 1), ("int8", 32, 2, 1), ("float32", BLOCK, 2, 2)],
+)
 def test_programs_take_turns_in_their_places(
-    dtype: str, block: int, sequences: int, monkeypatch: pytest.MonkeyPatch
+    dtype: str, block: int, sequences: int, together: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shape = AttentionShape(PageGeometry(block, 2, 128, 128), 4, 64, 0.1)
-    monkeypatch.setattr(tiles, "TOGETHER", ())
+    monkeypatch.setattr(tiles, "TOGETHER", ((2**30, together),) if together > 1 else ())
     monkeypatch.setattr(tiles, "UNROLLED_ROWS", sequences * shape.table_width * shape.pages.rows)
     chosen = tiles.window_tiles(shape, jnp.dtype(dtype))
-    assert chosen is not None and (chosen.sequences, chosen.turns) == (sequences, 4 // sequences)
+    assert chosen is not None and (chosen.sequences, chosen.together) == (sequences, together)
+    assert chosen.turns == (8 if together > 1 else 4) // sequences
     # More rows than there is room for, and an odd number of them.
     check_decode_case(DecodeCase(shape, (*ragged(64), 40, 90, 3), dtype, without_slot=(5, 7)), decode)
 
@@ -85,8 +90,21 @@ def test_soft_cap() -> None:
     check_decode_case(DecodeCase(shape_of((4, 2), (128, 128), 32, soft_cap=0.7), (3, 40)), decode)
 
 
-def test_queries_wider_than_the_pool() -> None:
-    check_decode_case(DecodeCase(shape_of((4, 2), (128, 128), 32), (3, 40), dtype="bfloat16"), decode)
+@pytest.mark.parametrize(("dtype", "query_dtype"), [("bfloat16", "float32"), ("float32", "bfloat16")])
+def test_queries_and_pool_of_two_dtypes(dtype: str, query_dtype: str) -> None:
+    shape = shape_of((4, 2), (128, 128), 32)
+    check_decode_case(DecodeCase(shape, (3, 40), dtype, query_dtype), decode)
+
+
+def test_one_row() -> None:
+    check_decode_case(DecodeCase(shape_of((4, 2), (128, 128), 48), (90,)), decode)
+
+
+def test_nothing_below_the_start_of_the_context_is_read() -> None:
+    """Rows just after a rebuild began: the ring holds nothing of what their windows would reach."""
+    shape, starts = shape_of((4, 2), (128, 128), 48), (4 * BLOCK, 4 * BLOCK, 0, 2 * BLOCK)
+    positions = (4 * BLOCK, 5 * BLOCK - 1, 40, 2 * BLOCK + 60)
+    check_decode_case(DecodeCase(shape, positions, without_slot=(1,), context_starts=starts), decode)
 
 
 def test_larger_row_tiles_than_one() -> None:
@@ -94,12 +112,17 @@ def test_larger_row_tiles_than_one() -> None:
     check_decode_case(DecodeCase(shape, (5, 63, 64, 130, 200), "bfloat16", "bfloat16"), decode)
 
 
-@pytest.mark.parametrize("window", [64, 50])
-def test_a_window_too_large_for_vector_memory_is_read_in_tiles(window: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tiles, "POOL_BYTES", 2 * 32 * 2**10)
-    shape = shape_of((4, 2), (128, 128), window)
-    assert tiles.window_tiles(shape, jnp.dtype(jnp.float32)) is None
-    check_decode_case(DecodeCase(shape, ragged(window), without_slot=(5, 7)), decode)
+@pytest.mark.parametrize(
+    ("dtype", "block", "window"), [("float32", BLOCK, 64), ("float32", BLOCK, 50), ("int8", 32, 96)]
+)
+def test_a_window_too_large_for_vector_memory_is_read_in_tiles(
+    dtype: str, block: int, window: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shape = AttentionShape(PageGeometry(block, 2, 128, 128), 4, window, 0.1)
+    monkeypatch.setattr(tiles, "POOL_BYTES", 2 * shape.table_width * tiles.page_bytes(shape, jnp.dtype(dtype)) - 1)
+    monkeypatch.setattr(ops, "MOST_TABLE_ENTRIES", 1)  # its tables are not in scalar memory
+    assert tiles.window_tiles(shape, jnp.dtype(dtype)) is None
+    check_decode_case(DecodeCase(shape, ragged(window), dtype, without_slot=(5, 7)), decode)
 
 
 def test_every_row_idle() -> None:

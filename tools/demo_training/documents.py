@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import heapq
+import math
 
 import numpy as np
 
@@ -17,6 +18,12 @@ from tools.demo_training.tokenizer import WordEncoder
 
 FIRST_TOKEN_WEIGHT = 2.0
 TASK_TOKENS = 32
+HOME_SHARE = 0.7
+"""Of the questions for a fact about a place, those about whose home it is; others name the place."""
+ALONE_SHARE = 0.35
+"""Of those, where an answer names the place: for the home itself instead of the fact."""
+BOTH_SHARE = 0.5
+"""Of those, where it does not: for the home itself as well."""
 LEAD_WEIGHT = 0.5
 """Of the words of an answer before the value: they must be right, too, and are copied from the question."""
 
@@ -30,9 +37,10 @@ class Plan:
         num_facts: facts told.
         same_attribute: all facts are of one attribute and one thing; only the owners differ.
         held_out: names and values are those never trained on.
+        alike: facts differ in one word where they can: owners share pieces of their names, most things and half of the
+            places have two attributes.
         clause_rate: share of facts with a clause between name and value.
         num_homes: places told about; each has a fact, and someone whose home it is.
-        home_rate: how often a question through a home is followed by one for the home itself.
         name_place: the answer to such a question names the place before the value.
         repeat_rate: share of the gaps filled with questions asked again instead of filler.
         remind_rate: share of the gaps filled with facts told again, whose values count as answers.
@@ -48,9 +56,9 @@ class Plan:
     num_facts: int
     same_attribute: bool
     held_out: bool = False
+    alike: bool = False
     clause_rate: float = 0.25
     num_homes: int = 0
-    home_rate: float = 0.5
     name_place: bool = True
     repeat_rate: float = 0.0
     remind_rate: float = 0.0
@@ -89,7 +97,10 @@ class Document:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class World:
-    """What is true in a document: facts, and for those about places (by index) whose home the place is."""
+    """What is true in a document: facts, and for those about places (by index) whose home the place is.
+
+    Two facts about one place lead to the same home.
+    """
 
     facts: list[Fact]
     homes: dict[int, Home]
@@ -153,7 +164,8 @@ class _Telling:
         self.world = make_world(rng, plan)
         self.writer = Writer(encoder)
         self.fact_told: dict[int, int] = {}
-        self.home_told: dict[int, int] = {}
+        self.home_told: dict[Home, int] = {}
+        self.named: set[Home] = set()  # an answer has told of these where they are
         self.asked: set[int] = set()
 
     def tell_fact(self, index: int) -> None:
@@ -163,17 +175,20 @@ class _Telling:
 
     def tell_home(self, index: int) -> None:
         home = self.world.homes[index]
-        self.writer.say(grammar.state_home(home))
-        self.home_told[index] = len(self.writer.tokens) - 1 - self.writer.num_tokens(home.place)
+        if home not in self.home_told:
+            self.writer.say(grammar.state_home(home))
+            self.home_told[home] = len(self.writer.tokens) - 1 - self.writer.num_tokens(home.place)
 
     def ask(self, index: int) -> None:
         """Asks a fact if it was told, in one of its ways, and perhaps one more that refers to it."""
         if index not in self.fact_told:
             return
-        fact = self.world.facts[index]
+        fact, home = self.world.facts[index], self.world.homes.get(index)
         self.asked.add(index)
-        if index in self.home_told and self.rng.random() < 0.7:
-            self._ask_through(index)
+        # Where an answer has named a home, it would be known from a few tokens back, without the cache.
+        is_open = home in self.home_told and home not in self.named
+        if home is not None and is_open and self.rng.random() < HOME_SHARE:
+            self._ask_about(home, index)
         elif self.rng.random() < self.plan.reminder_share:
             self._remind(index)
         else:
@@ -195,21 +210,24 @@ class _Telling:
             self.writer.say(grammar.filler(self.rng))
 
     def _remind(self, index: int) -> None:
-        if index in self.home_told and self.rng.random() < 0.5:
-            sentence = grammar.remind_of_home(self.world.homes[index])
-            self.writer.remind(sentence, "home", self.home_told[index])
+        home = self.world.homes.get(index)
+        if home is not None and home in self.home_told and self.rng.random() < 0.5:
+            self.writer.remind(grammar.remind_of_home(home), "home", self.home_told[home])
         else:
-            kind = "place" if index in self.world.homes else "reminder"
+            kind = "reminder" if home is None else "place"
             self.writer.remind(grammar.remind_of_fact(self.world.facts[index]), kind, self.fact_told[index])
 
-    def _ask_through(self, index: int) -> None:
-        home = self.world.homes[index]
-        told_at = min(self.fact_told[index], self.home_told[index])
-        exchange = grammar.ask_through(home, self.world.facts[index], name_place=self.plan.name_place)
-        self.writer.exchange(exchange, "through", told_at)
-        # Not before: whose home it is would then be known from a few tokens back.
-        if self.rng.random() < self.plan.home_rate:
-            self.writer.exchange(grammar.ask_home(home), "home", self.home_told[index])
+    def _ask_about(self, home: Home, index: int) -> None:
+        """Asks for the fact through the home, for the home, or for both where the first answer leaves it open."""
+        alone = self.plan.name_place and self.rng.random() < ALONE_SHARE
+        if not alone:
+            told_at = min(self.fact_told[index], self.home_told[home])
+            exchange = grammar.ask_through(home, self.world.facts[index], name_place=self.plan.name_place)
+            self.writer.exchange(exchange, "through", told_at)
+        if alone or (not self.plan.name_place and self.rng.random() < BOTH_SHARE):
+            self.writer.exchange(grammar.ask_home(home), "home", self.home_told[home])
+        if self.plan.name_place:
+            self.named.add(home)
 
     def _follow_up(self, fact: Fact) -> None:
         for index in self.rng.permutation(list(self.fact_told)):
@@ -261,26 +279,44 @@ def write(rng: np.random.Generator, encoder: WordEncoder, plan: Plan) -> Documen
 def make_world(rng: np.random.Generator, plan: Plan) -> World:
     """Facts that differ in owner, thing or attribute, facts about places, and whose home each of these is."""
     known = vocabulary.names(held_out=plan.held_out)
+    candidates = _alike(rng, known, plan.num_facts) if plan.alike else known
     values = vocabulary.values(held_out=plan.held_out)
     if plan.same_attribute:
         thing = grammar.pick(rng, vocabulary.OBJECTS)
         attributes: tuple[str, ...] = (grammar.pick(rng, vocabulary.ATTRIBUTES),)
-        keys = [(f"{owner}'s {thing}", attributes[0]) for owner in _some(rng, known, plan.num_facts)]
+        keys = [(f"{owner}'s {thing}", attributes[0]) for owner in _some(rng, candidates, plan.num_facts)]
     else:
         # Few of each in some documents: then attribute and thing do not give an owner away, who must be looked up.
         attributes = _some(rng, vocabulary.ATTRIBUTES, int(rng.integers(2, len(vocabulary.ATTRIBUTES) + 1)))
-        keys = _mixed_keys(rng, plan.num_facts, known, attributes)
+        keys = _mixed_keys(rng, plan, candidates, attributes)
     places = _some(rng, vocabulary.HOMES, plan.num_homes)
-    residents = _some(rng, known, plan.num_homes)
-    homes = {plan.num_facts + index: Home(*pair) for index, pair in enumerate(zip(residents, places, strict=True))}
-    keys += [(f"the {place}", grammar.pick(rng, attributes)) for place in places]
+    residents = _some(rng, _alike(rng, known, plan.num_homes) if plan.alike else known, plan.num_homes)
+    homes: dict[int, Home] = {}
+    for resident, place in zip(residents, places, strict=True):
+        # With one fact about every place the attribute need not be looked at.
+        twice = plan.alike and len(attributes) > 1 and rng.random() < 0.5
+        for attribute in _some(rng, attributes, 2) if twice else (grammar.pick(rng, attributes),):
+            homes[len(keys)] = Home(resident, place)
+            keys.append((f"the {place}", attribute))
     return World([Fact(*key, grammar.pick(rng, values)) for key in keys], homes)
 
 
+def _alike(rng: np.random.Generator, known: tuple[str, ...], count: int) -> tuple[str, ...]:
+    """At least ``count`` of ``known``, made of so few pieces that most share each of theirs with others."""
+    pieces = (vocabulary.NAME_STARTS, vocabulary.NAME_ENDS)
+    for side in range(math.isqrt(2 * count) + 1, max(map(len, pieces))):
+        starts, ends = (_some(rng, each, min(side, len(each))) for each in pieces)
+        made = {start + end for start in starts for end in ends}
+        if len(chosen := tuple(name for name in known if name in made)) >= count:
+            return chosen
+    return known
+
+
 def _mixed_keys(
-    rng: np.random.Generator, count: int, known: tuple[str, ...], attributes: tuple[str, ...]
+    rng: np.random.Generator, plan: Plan, known: tuple[str, ...], attributes: tuple[str, ...]
 ) -> list[tuple[str, str]]:
     """Different pairs of holder and attribute: some owners have several things, some things several attributes."""
+    count, twice = plan.num_facts, 0.8 if plan.alike else 0.3
     things = _some(rng, vocabulary.OBJECTS, int(rng.integers(2, len(vocabulary.OBJECTS) + 1)))
     low = max(2, count // 4, -(-2 * count // (len(things) * len(attributes))))
     owners = _some(rng, known, int(rng.integers(low, max(low, count) + 1)))
@@ -288,7 +324,7 @@ def _mixed_keys(
     while len(keys) < count:
         holder = f"{grammar.pick(rng, owners)}'s {grammar.pick(rng, things)}"
         keys[holder, grammar.pick(rng, attributes)] = None
-        if rng.random() < 0.3 and len(keys) < count:
+        if rng.random() < twice and len(keys) < count:
             keys[holder, grammar.pick(rng, attributes)] = None
     return list(keys)
 

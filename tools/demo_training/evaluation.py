@@ -22,7 +22,7 @@ from tools.demo_training.tokenizer import WordEncoder
 
 BUCKETS = (256, 1024, 2048, 4096)
 FACT_COUNTS = (12, 40, 100)
-KINDS = ("mixed", "same attribute")
+KINDS = ("mixed", "alike", "same attribute")
 EVALUATION_SEED = 977
 
 
@@ -65,6 +65,7 @@ def plan(length: int, num_facts: int, kind: str) -> Plan:
         num_facts=num_facts,
         same_attribute=kind == "same attribute",
         held_out=True,
+        alike=kind == "alike",
         clause_rate=0.1 if crowded else 0.3,
         num_homes=min(16, max(6, num_facts // 3)),
         follow_up_rate=0.1,

@@ -27,7 +27,7 @@ def text(tokens: list[int]) -> str:
 
 @pytest.mark.parametrize("same_attribute", [False, True])
 def test_an_answer_is_what_was_told(same_attribute: bool) -> None:
-    document = written(same_attribute=same_attribute, num_homes=6, reminder_share=0.6, home_rate=1.0)
+    document = written(same_attribute=same_attribute, num_homes=6, reminder_share=0.6)
     kinds = ("fact", "follow-up", "reminder", "home", "place")
     asked = [one for one in document.answers if one.kind in kinds]
     assert {one.kind for one in asked} >= {"fact", "reminder", "home"}
@@ -71,13 +71,35 @@ def test_facts_of_one_attribute_differ_in_the_owner_alone() -> None:
 
 @pytest.mark.parametrize("same_attribute", [False, True])
 def test_a_home_leads_to_the_place_of_its_fact(same_attribute: bool) -> None:
-    plan = Plan(length=256, num_facts=20, same_attribute=same_attribute, num_homes=10)
+    plan = Plan(length=256, num_facts=20, same_attribute=same_attribute, alike=True, num_homes=10)
     world = documents.make_world(np.random.default_rng(0), plan)
-    assert len(world.homes) == 10
-    assert len(world.facts) == 30
     for index, home in world.homes.items():
         assert world.facts[index].holder == f"the {home.place}"
     assert len({home.owner for home in world.homes.values()}) == 10
+    about = Counter(world.facts[index].holder for index in world.homes)
+    assert set(about.values()) == ({1} if same_attribute else {1, 2})
+    assert len({(fact.holder, fact.attribute) for fact in world.facts}) == len(world.facts) == 20 + about.total()
+
+
+def test_alike_facts_differ_in_one_word() -> None:
+    """Owners are made of few pieces, and things have two attributes."""
+    start_of = {start + end: start for start in vocabulary.NAME_STARTS for end in vocabulary.NAME_ENDS}
+
+    def world(*, alike: bool, same_attribute: bool) -> list[grammar.Fact]:
+        plan = Plan(length=256, num_facts=30, alike=alike, same_attribute=same_attribute)
+        return documents.make_world(np.random.default_rng(0), plan).facts
+
+    starts = {
+        alike: len({start_of[fact.holder.partition("'s ")[0]] for fact in world(alike=alike, same_attribute=True)})
+        for alike in (False, True)
+    }
+    assert starts[True] <= 8 < 15 < starts[False]
+    twice = {
+        alike: sum(n > 1 for n in Counter(f.holder for f in world(alike=alike, same_attribute=False)).values())
+        for alike in (False, True)
+    }
+    assert twice[True] >= 8
+    assert twice[True] > 1.5 * twice[False]
 
 
 def test_a_question_through_a_home_tells_nothing_of_the_place() -> None:
@@ -88,6 +110,21 @@ def test_a_question_through_a_home_tells_nothing_of_the_place() -> None:
         near = text(document.tokens[answer.asked - 3 : answer.start])
         assert "'s home" in near
         assert not set(vocabulary.HOMES) & set(near.replace("?", " ").replace(".", " ").split())
+
+
+def test_a_home_is_not_asked_for_once_an_answer_has_named_it() -> None:
+    """Else it would be read from a few tokens back, and no damage to the cache would show."""
+    homes = 0
+    for seed in range(4):
+        document = written(seed, num_homes=12, num_facts=2)
+        named: set[str] = set()
+        for answer in document.answers:
+            if answer.kind in ("home", "through"):
+                owner = re.search(r"(\w+)'s home", text(document.tokens[answer.asked : answer.start]))
+                assert owner and owner[1] not in named
+                named.add(owner[1])
+                homes += answer.kind == "home"
+    assert homes > 4
 
 
 @pytest.mark.parametrize("name_place", [False, True])
@@ -112,7 +149,7 @@ def test_the_last_layer_is_copied_once_and_only_when_its_stage_begins() -> None:
 
 
 def test_the_first_global_layer_is_kept_for_homes_and_the_last_for_places() -> None:
-    document = written(num_homes=12, task_rate=0.4)
+    document = written(length=2048, num_homes=24, task_rate=0.4)
     gates = curriculum.draw_gates(np.random.default_rng(0), document, 1.0)
     expected = {"home": (1, 0), "place": (0, 1), "through": (1, 1), "fact": (1, 1), "copy": (0, 0), "count": (0, 0)}
     seen = set()
