@@ -34,12 +34,17 @@ def main() -> int:
     parser.add_argument("--only", default="", metavar="TEXT", help="kernels whose name has this in it: paged, int8")
     parser.add_argument("--no-steps", action="store_true", help="kernels alone")
     options = parser.parse_args()
-    print("| kernel, shape | " + " | ".join(f"{chip}: s, temporary MiB" for chip in options.chips) + " |")
-    print("|---|" + "---|" * len(options.chips))
+    if options.processes < 1:
+        parser.error(f"--processes {options.processes} must be at least 1")
     named = {
         chip: {name: case for name, case in cases(CHIPS[chip].topology).items() if options.only in name}
         for chip in options.chips
     }
+    if not named[options.chips[0]]:
+        known = "\n  ".join(cases(CHIPS[options.chips[0]].topology))
+        parser.error(f"--only {options.only!r}: no kernel has this in its name; there are\n  {known}")
+    print("| kernel, shape | " + " | ".join(f"{chip}: s, temporary MiB" for chip in options.chips) + " |")
+    print("|---|" + "---|" * len(options.chips))
     merged = {f"{name} | {chip}": case for chip, of_chip in named.items() for name, case in of_chip.items()}
     results = compile_all(merged, options.processes)
     failed = False
@@ -52,7 +57,7 @@ def main() -> int:
             cells.append(_cell(result, in_place))
         print(f"| {name} | " + " | ".join(cells) + " |")
     if not options.no_steps:
-        _print_steps()
+        failed |= not _print_steps()
     return int(failed)
 
 
@@ -62,20 +67,29 @@ def _cell(result: dict[str, Any], in_place: bool) -> str:
     return f"{result['compile_seconds']:.1f}, {result['temp_bytes'] / MIB:.1f}{'' if in_place else ', NOT IN PLACE'}"
 
 
-def _print_steps() -> None:
+def _print_steps() -> bool:
+    """Whether all steps compile, in place."""
     command = [sys.executable, "-m", "tools.tpu_costs.whole_steps"]
-    run = subprocess.run(command, cwd=ROOT, env=compile_environment(), capture_output=True, text=True, check=True)
+    run = subprocess.run(command, cwd=ROOT, env=compile_environment(), capture_output=True, text=True, check=False)
+    if run.returncode:
+        sys.stderr.write(f"whole steps do not compile:\n{run.stderr[-3000:]}")
+        return False
+    steps = json.loads(run.stdout.splitlines()[-1])
     print(
         "\n| step of Gemma 3 27B, TP 8, v6e 2x4 | s (of the processor) | arguments GiB | of them state, in place | ",
         end="",
     )
     print("temporary MiB | HBM a chip GiB | arguments |\n|---|---|---|---|---|---|---|")
-    for name, step in json.loads(run.stdout.splitlines()[-1]).items():
+    in_place = True
+    for name, step in steps.items():
+        here = step["alias_bytes"] >= step["state_bytes"]
+        in_place &= here
         print(
             f"| {name} | {step['seconds']} ({step['processor_seconds']}) | {step['argument_bytes'] / GIB:.2f} | "
             f"{step['alias_bytes'] / GIB:.2f} | {step['temp_bytes'] / MIB:.1f} | {step['hbm_bytes'] / GIB:.2f} | "
             f"{step['num_arguments']} |"
         )
+    return in_place
 
 
 if __name__ == "__main__":

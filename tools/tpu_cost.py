@@ -1,7 +1,7 @@
 """What an attention kernel costs on a TPU that is not there: read from the compiler's schedule, plus a stated model.
 
-    python tools/tpu_cost.py --kernel windowed --shape gemma-3-27b-tp8 --topology v6e:2x2 --context 32768 --batch 64
-    python tools/tpu_cost.py --kernel paged --q-heads 32 --kv-heads 8 --head-dim 128 --topology v5e:2x2 --json
+    python tools/tpu_cost.py --kernel windowed --shape gemma-3-27b-tp8 --topology v6e --context 32768 --batch 64
+    python tools/tpu_cost.py --kernel paged --q-heads 32 --kv-heads 8 --head-dim 128 --topology v5e --json
 
 Compiles the kernel ahead of time with libtpu (no TPU is touched) in a process of its own, reads the final schedule
 from the compiler's dump, and prints what was READ and what is a MODEL. The kernels of jax itself are measured by the
@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT))
 
 from hkv_jax.kvcache.format import MAX_BLOCK_SIZE  # noqa: E402
 from tools.tpu_costs.cases import CHUNK, SHAPES, Case, Geometry, default_block_size  # noqa: E402
-from tools.tpu_costs.chips import chip_of  # noqa: E402
+from tools.tpu_costs.chips import topology_named  # noqa: E402
 from tools.tpu_costs.kernels import KERNELS  # noqa: E402
 from tools.tpu_costs.measure import DoesNotCompile, measure  # noqa: E402
 from tools.tpu_costs.report import LEGEND, describe, table  # noqa: E402
@@ -40,7 +40,6 @@ def main() -> int:
     options = _parser().parse_args()
     try:
         case = _case(options)
-        chip_of(options.topology)
     except ValueError as error:
         sys.stderr.write(f"tpu_cost: {error}\n")
         return 2
@@ -72,6 +71,7 @@ def _case(options: argparse.Namespace) -> Case:
     Raises:
         ValueError: an argument that no kernel takes, or not this one.
     """
+    topology = topology_named(options.topology)
     geometry = _geometry(options)
     block = options.block_size or (PEER_BLOCK_SIZE if options.kernel in PEERS else default_block_size(geometry))
     if block & (block - 1) or not SMALLEST_BLOCK <= block <= MAX_BLOCK_SIZE:
@@ -82,7 +82,7 @@ def _case(options: argparse.Namespace) -> Case:
         raise ValueError(f"--batch {batch}: {options.kernel} is modelled for a chunk of one sequence; leave it out")
     if options.kernel in DECODE and chunk > 1:
         raise ValueError(f"--chunk {chunk}: {options.kernel} decodes, one token a sequence; leave it out")
-    return Case(options.kernel, geometry, options.topology, block, options.context, batch, chunk, _tiles(options))
+    return Case(options.kernel, geometry, topology, block, options.context, batch, chunk, _tiles(options))
 
 
 def _tiles(options: argparse.Namespace) -> dict[str, int]:
@@ -138,7 +138,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kernel", choices=list(KERNELS), required=True)
     parser.add_argument("--shape", choices=list(SHAPES), help="a model's layer as one chip sees it")
-    parser.add_argument("--topology", default="v6e:2x2", help="v5e:2x2, v5p:2x2x1, v6e:2x2 or tpu7x:2x2x1")
+    parser.add_argument("--topology", default="v6e", help="v5e, v5p, v6e (the default) or tpu7x, or a slice: v6e:2x4")
     parser.add_argument("--context", type=_positive, default=32768, help="tokens each sequence has (default: 32768)")
     parser.add_argument("--batch", type=_positive, help=f"sequences (default: {BATCH}; 1 for prefill and kv-update)")
     parser.add_argument("--chunk", type=_positive, help=f"new tokens, of prefill and kv-update (default: {CHUNK})")

@@ -178,7 +178,10 @@ def choose_tile(shape: AttentionShape, num_tokens: int, kv_dtype: jnp.dtype, que
                 tile = dataclasses.replace(tile, **overrides(kernel, shape))  # type: ignore[arg-type]
                 tile.check()
                 return tile
-    raise ValueError(f"{shape} does not fit {VMEM_BYTES} bytes of vector memory, however it is cut")
+    raise ValueError(
+        f"{shape}: no plan of prefill fits {VMEM_BYTES} bytes of vector memory in blocks of {shape.pages.block_size} "
+        "tokens; smaller blocks need less"
+    )
 
 
 def _power_of_two(number: int) -> int:

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tools import tpu_compile_all
 from tools.tpu_costs.cases import SHAPES, Case, Geometry, default_block_size
 from tools.tpu_costs.measured import Compiled, Cost, Work
 from tools.tpu_costs.our_kernels import windowed_decode_work
@@ -159,6 +160,8 @@ def test_a_case_survives_the_way_to_another_process() -> None:
         (["--kernel", "windowed", "--shape", "llama-3.1-8b"], "a windowed kernel needs --window"),
         (["--kernel", "paged", "--shape", "gemma-3-1b", "--q-heads", "3", "--kv-heads", "2"], "--q-heads 3 must be a"),
         (["--kernel", "paged", "--shape", "gemma-3-1b", "--topology", "v3:2x2"], "no figures for 'v3'"),
+        (["--kernel", "paged", "--shape", "gemma-3-1b", "--topology", "v6e:3x3"], "slices of v6e have 2/4/8/16 x 2/4"),
+        (["--kernel", "paged", "--shape", "gemma-3-1b", "--topology", "v5p:2x2"], "2/4/8/16 x 1/2/4/8/16 chips"),
         (["--kernel", "windowed", "--shape", "gemma-3-1b", "--window", "0"], "argument --window: 0 is not at least 1"),
         (["--kernel", "paged", "--shape", "gemma-3-1b", "--window", "64"], "--window: a paged kernel reads the whole"),
         (
@@ -180,10 +183,30 @@ def test_what_cannot_be_measured_is_said(arguments: list[str], message: str) -> 
     assert message in run.stderr
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["--only", "nosuch"],
+            "--only 'nosuch': no kernel has this in its name; there are\n  windowed, gemma-3-27b-tp8",
+        ),
+        (["--processes", "0"], "--processes 0 must be at least 1"),
+    ],
+)
+def test_what_cannot_be_compiled_is_said(
+    arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["tpu_compile_all.py", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        tpu_compile_all.main()
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="NOT CHECKED: libtpu is not installed")
 def test_a_kernel_is_measured_beside_those_of_jax() -> None:
-    arguments = ["--kernel", "windowed", "--shape", "gemma-3-1b", "--topology", "v6e:2x2", "--peers", "--json"]
+    arguments = ["--kernel", "windowed", "--shape", "gemma-3-1b", "--topology", "v6e", "--peers", "--json"]
     run = subprocess.run(
         [sys.executable, "tools/tpu_cost.py", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
     )

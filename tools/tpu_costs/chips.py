@@ -40,14 +40,31 @@ CHIPS = {
 }
 """By the name before the colon of a topology."""
 
+_AXIS_LENGTHS = ((2, 4, 8, 16), (2, 4, 8, 16), (1, 2, 4, 8, 16))
+"""What slices have along each axis; a host has two by two chips."""
+
 
 def chip_of(topology: str) -> Chip:
-    """The chip of a topology such as ``v6e:2x2``.
+    """The chip of a topology such as ``v6e:2x2``."""
+    return CHIPS[topology.partition(":")[0]]
+
+
+def topology_named(text: str) -> str:
+    """The topology that a user means: a chip's name, or one with as many chips along each axis as ``v6e:2x4``.
 
     Raises:
-        ValueError: a kind of chip that is not in the table.
+        ValueError: a kind of chip that is not in the table, or axes that no slice of it has.
     """
-    name = topology.partition(":")[0]
+    name, _, axes = text.partition(":")
     if name not in CHIPS:
-        raise ValueError(f"topology {topology!r}: no figures for {name!r}; there are some for {', '.join(CHIPS)}")
-    return CHIPS[name]
+        raise ValueError(f"--topology {text!r}: no figures for {name!r}; there are some for {', '.join(CHIPS)}")
+    usual = CHIPS[name].topology
+    if not axes:
+        return usual
+    lengths, possible = axes.split("x"), _AXIS_LENGTHS[: usual.count("x") + 1]
+    if len(lengths) != len(possible) or not all(
+        one in map(str, some) for one, some in zip(lengths, possible, strict=True)
+    ):
+        known = " x ".join("/".join(map(str, some)) for some in possible)
+        raise ValueError(f"--topology {text!r}: slices of {name} have {known} chips; {usual} is the usual one")
+    return text
