@@ -96,7 +96,8 @@ def train(
             say(f"step {state.step}/{total} length {stage.length} {speed:.0f} tokens/s: {numbers}")
         if state.step % SAVE_EVERY == 0:
             checkpoint.save(folder, state, identity)
-    checkpoint.save(folder, state, identity)
+    if state.step % SAVE_EVERY:
+        checkpoint.save(folder, state, identity)
     return state
 
 

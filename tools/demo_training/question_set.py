@@ -13,14 +13,15 @@ from tools.demo_training.questions import Question, farthest
 from tools.demo_training.tokenizer import WordEncoder
 
 _NUM_FACTS, _NUM_HOMES = 2, 20
-_ABOUT_HOMES = {"through": 5, "place": 3}
+_KINDS = ("alike", "same attribute")
+_ABOUT_HOMES = {"through": 3, "home": 2, "place": 2}
 """Questions of each kind about a document full of homes: among many, one global layer does not do for both."""
 
 
 def recall_questions(length: int, num_facts: int, num_copies: int) -> list[Question]:
     """The farthest facts of a document of each kind, places and homes of two others, and numbers to copy."""
     encoder, questions = WordEncoder(), list[Question]()
-    for index, kind in enumerate(evaluation.KINDS):
+    for index, kind in enumerate(_KINDS):
         rng = np.random.default_rng([evaluation.EVALUATION_SEED, length, num_facts, index])
         document = documents.write(rng, encoder, evaluation.plan(length, num_facts, kind))
         questions += farthest(document, _NUM_FACTS, ("fact",))
@@ -29,6 +30,7 @@ def recall_questions(length: int, num_facts: int, num_copies: int) -> list[Quest
             num_facts=4,
             same_attribute=kind == "same attribute",
             held_out=True,
+            alike=kind == "alike",
             num_homes=_NUM_HOMES,
             reading_share=0.5,
             ask_after=0.5,
