@@ -54,9 +54,9 @@ class WindowTiles:
     def faults(self) -> list[str]:
         """What is wrong with them, in words."""
         faults = []
-        if self.together < 1 or self.sequences % self.together or not self.sequences:
+        if self.sequences % self.together:
             faults.append("sequences must be a multiple of together")
-        if self.turns < 1 or self.sequences * self.turns < 2 * self.together:
+        if self.sequences * self.turns < 2 * self.together:
             faults.append("sequences times turns must be at least twice together")
         return faults
 
@@ -79,7 +79,7 @@ class PagedTiles:
     def faults(self) -> list[str]:
         """What is wrong with them, in words."""
         faults = []
-        if self.blocks < 1 or LANES % self.blocks:
+        if LANES % self.blocks:
             faults.append(f"blocks must be a power of two up to {LANES}")
         if self.buffers < 2:
             faults.append("buffers must be at least 2")
@@ -101,7 +101,8 @@ def window_tiles(shape: AttentionShape, dtype: jnp.dtype) -> WindowTiles | None:
     sequences = next((n for n in divisors if n <= most), together)
     chosen = {"sequences": sequences, "together": together, "heads_per_product": heads_per_product(shape)}
     chosen |= overrides("windowed_decode", shape)
-    return _checked(WindowTiles(**{"turns": max(1, places // chosen["sequences"]), **chosen}), shape)
+    chosen.setdefault("turns", max(1, places // chosen["sequences"]))
+    return _checked(WindowTiles(**chosen), shape)
 
 
 def paged_tiles(shape: AttentionShape, dtype: jnp.dtype) -> PagedTiles:
@@ -117,10 +118,10 @@ def paged_tiles(shape: AttentionShape, dtype: jnp.dtype) -> PagedTiles:
 
 
 def _checked(tiles: _Tiles, shape: AttentionShape) -> _Tiles:
-    """The tiles, if a kernel can be made of them.
+    """The tiles, if their numbers fit together; whether they fit vector memory the compiler says.
 
     Raises:
-        ValueError: they do not fit together, as only those of the data file can.
+        ValueError: they do not, as only those of the data file can.
     """
     faults = tiles.faults()
     if shape.pages.num_kv_heads % tiles.heads_per_product:
@@ -146,7 +147,11 @@ def _power_of_two(number: int) -> int:
 
 
 def overrides(kernel: str, shape: AttentionShape) -> dict[str, int]:
-    """What the data file says of a kernel at a shape."""
+    """What the data file says of a kernel at a shape.
+
+    Raises:
+        ValueError: a size that is no positive integer.
+    """
     of_shape = {
         "num_heads": shape.num_heads,
         "num_kv_heads": shape.pages.num_kv_heads,
@@ -155,7 +160,10 @@ def overrides(kernel: str, shape: AttentionShape) -> dict[str, int]:
     }
     for entry in _data().get(kernel, []):
         if all(entry[name] == value for name, value in of_shape.items()):
-            return {name: value for name, value in entry.items() if name not in of_shape}
+            sizes = {name: value for name, value in entry.items() if name not in of_shape}
+            if wrong := [name for name, value in sizes.items() if type(value) is not int or value < 1]:
+                raise ValueError(f"tiles.toml: {', '.join(wrong)} of {kernel} must be at least 1; {entry}")
+            return sizes
     return {}
 
 

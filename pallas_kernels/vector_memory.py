@@ -1,4 +1,4 @@
-"""The vector memory that a kernel lays out for itself, and how much it asks of the compiler.
+"""The vector memory that a decode or a write lays out for itself, and how much it asks of the compiler.
 
 Owns: ``VectorBuffer`` and the limit. Must never: choose sizes (``tiles`` does).
 """
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
 BESIDE_BYTES = 16 * 2**20
-"""Bytes of vector memory for everything else: queries, outputs, what the compiler spills."""
+"""Bytes of vector memory for everything else: queries, outputs, what the compiler pads and spills."""
 
 
 class VectorBuffer(NamedTuple):
@@ -24,7 +24,7 @@ class VectorBuffer(NamedTuple):
 
     @property
     def num_bytes(self) -> int:
-        """Its size; the last two dimensions are whole tiles of memory."""
+        """Its size, without what the compiler pads."""
         return math.prod(self.shape) * jnp.dtype(self.dtype).itemsize
 
 

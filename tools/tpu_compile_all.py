@@ -31,7 +31,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--chips", nargs="+", choices=list(CHIPS), default=list(CHIPS))
     parser.add_argument("--processes", type=int, default=2, help="compilations at a time (default: 2)")
-    parser.add_argument("--only", default="", metavar="TEXT", help="kernels whose name has this in it: paged, int8")
+    parser.add_argument(
+        "--only", default="", metavar="TEXT", help="kernels whose name has this in it (paged, int8), and no steps"
+    )
     parser.add_argument("--no-steps", action="store_true", help="kernels alone")
     options = parser.parse_args()
     if options.processes < 1:
@@ -56,7 +58,7 @@ def main() -> int:
             failed |= not in_place
             cells.append(_cell(result, in_place))
         print(f"| {name} | " + " | ".join(cells) + " |")
-    if not options.no_steps:
+    if not options.no_steps and not options.only:
         failed |= not _print_steps()
     return int(failed)
 
@@ -82,11 +84,12 @@ def _print_steps() -> bool:
     print("temporary MiB | HBM a chip GiB | arguments |\n|---|---|---|---|---|---|---|")
     in_place = True
     for name, step in steps.items():
-        here = step["alias_bytes"] >= step["state_bytes"]
-        in_place &= here
+        step_in_place = step["alias_bytes"] >= step["state_bytes"]
+        in_place &= step_in_place
         print(
             f"| {name} | {step['seconds']} ({step['processor_seconds']}) | {step['argument_bytes'] / GIB:.2f} | "
-            f"{step['alias_bytes'] / GIB:.2f} | {step['temp_bytes'] / MIB:.1f} | {step['hbm_bytes'] / GIB:.2f} | "
+            f"{step['alias_bytes'] / GIB:.2f}{'' if step_in_place else ', NOT IN PLACE'} | "
+            f"{step['temp_bytes'] / MIB:.1f} | {step['hbm_bytes'] / GIB:.2f} | "
             f"{step['num_arguments']} |"
         )
     return in_place

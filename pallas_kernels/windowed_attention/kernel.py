@@ -51,7 +51,7 @@ class WindowTile(DecodeTile):
 
     @property
     def merged(self) -> bool:
-        """Whether the oldest and the newest block share P rows of the tile; there are two at least then."""
+        """Whether the oldest and the newest block share P rows of the tile. M is at least 2 then: W ≥ P > 1."""
         assert self.shape.window is not None
         return self.shape.window % self.block == 0
 

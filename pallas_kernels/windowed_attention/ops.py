@@ -7,8 +7,6 @@ Axis letters: S rows, H query heads, K kv heads, D head dim, M columns of a tabl
 
 from __future__ import annotations
 
-import itertools
-
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
@@ -115,9 +113,9 @@ def decode(
 
 
 def vector_buffers(tile: WindowTile) -> list[VectorBuffer]:
-    """What the kernel holds: the blocks of each place, the scales of each, and rows to write."""
-    by_place = [tile.block_buffers(tile.turns, tile.fetched_blocks)] * tile.sequences
-    return [*itertools.chain(*zip(*by_place, strict=True)), *tile.write_buffers(tile.sequences)]
+    """What the kernel holds, as its body takes it: the blocks of each place, the scales of each, and rows to write."""
+    of_a_place = tile.block_buffers(tile.turns, tile.fetched_blocks)
+    return [buffer for buffer in of_a_place for _ in range(tile.sequences)] + tile.write_buffers(tile.sequences)
 
 
 def _padded(inputs: DecodeInputs, count: int) -> DecodeInputs:
@@ -143,5 +141,12 @@ def decode_tile(shape: AttentionShape, dtype: jnp.dtype, query_dtype: jnp.dtype,
         return None
     tiles = tiles.for_rows(num_rows)
     heads = HeadLayout(shape, tiles.heads_per_product)
-    sizes = {"sequences": tiles.sequences, "together": tiles.together, "turns": tiles.turns}
-    return WindowTile(heads, dtype, query_dtype, write_rows(dtype), **sizes)
+    return WindowTile(
+        heads,
+        dtype,
+        query_dtype,
+        write_rows(dtype),
+        sequences=tiles.sequences,
+        together=tiles.together,
+        turns=tiles.turns,
+    )

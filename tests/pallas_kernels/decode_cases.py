@@ -117,6 +117,8 @@ def check_decode_case(case: DecodeCase, decode: Decode) -> None:
     jax.tree.map(assert_same_bits, pool, expected_pool)
     # Integers become what queries are, and products are of that.
     tolerance = 2e-6 if case.query_dtype == "float32" and case.dtype != "bfloat16" else 2e-2
-    np.testing.assert_allclose(np.asarray(outputs, np.float32), np.asarray(expected), rtol=tolerance, atol=tolerance)
+    np.testing.assert_allclose(
+        np.asarray(outputs, np.float32), np.asarray(expected), rtol=tolerance, atol=tolerance, equal_nan=False
+    )
     for row, position in enumerate(case.positions):
         assert position >= 0 or not np.asarray(outputs[row]).any()

@@ -117,5 +117,9 @@ def check_prefill_case(case: PrefillCase) -> None:
     tolerance = 2e-6 if plan.compute_dtype == jnp.float32 and case.query_dtype == "float32" else 2e-2
     live = slice(first, last)
     np.testing.assert_allclose(
-        np.asarray(outputs[live], np.float32), np.asarray(expected[live]), rtol=tolerance, atol=tolerance
+        np.asarray(outputs[live], np.float32),
+        np.asarray(expected[live]),
+        rtol=tolerance,
+        atol=tolerance,
+        equal_nan=False,
     )

@@ -36,15 +36,15 @@ def shape_named(name: str) -> AttentionShape:
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.int8, jnp.float32])
 @pytest.mark.parametrize("name", SHAPES)
 def test_what_the_kernels_hold_fits_the_smallest_vector_memory(name: str, dtype: jnp.dtype) -> None:
-    shape, dtype, queries = shape_named(name), jnp.dtype(dtype), 8
+    shape, dtype, num_rows = shape_named(name), jnp.dtype(dtype), 8
     paged = paged_attention.decode_tile(shape, dtype, BFLOAT16)
     held = [paged_attention.vector_buffers(paged)]
-    windowed = windowed_attention.decode_tile(shape, dtype, BFLOAT16, queries) if shape.window else None
+    windowed = windowed_attention.decode_tile(shape, dtype, BFLOAT16, num_rows) if shape.window else None
     if windowed is not None:
         held.append(windowed_attention.vector_buffers(windowed))
-    page = shape.pages.rows * 128 * dtype.itemsize
     for buffers in held:
-        assert 2 * page <= vector_memory.limit(buffers) <= 64 * 2**20
+        assert 2 * tiles.page_bytes(shape, dtype) <= sum(buffer.num_bytes for buffer in buffers)
+        assert vector_memory.limit(buffers) <= 64 * 2**20
 
 
 def test_a_window_that_does_not_fit_twice_is_read_in_tiles() -> None:
@@ -103,6 +103,8 @@ def test_more_sequences_of_the_data_file_take_turns_in_the_same_room(monkeypatch
         ("windowed_decode", {"heads_per_product": 3}, "divide 8 kv heads"),
         ("paged_decode", {"blocks": 3}, "power of two up to 128"),
         ("paged_decode", {"buffers": 1}, "at least 2"),
+        ("windowed_decode", {"sequences": 0}, "sequences of windowed_decode must be at least 1"),
+        ("paged_decode", {"heads_per_product": -1}, "heads_per_product of paged_decode must be at least 1"),
     ],
 )
 def test_tiles_of_the_data_file_that_do_not_fit_together_are_refused(

@@ -63,18 +63,18 @@ def test_integers_with_queries_of_bfloat16() -> None:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "block", "sequences", "together"),
-    [("float32", BLOCK, 1, 1), ("int8", 32, 2, 1), ("float32", BLOCK, 2, 2)],
+    ("dtype", "block", "expected"),
+    [("float32", BLOCK, (1, 1, 4)), ("int8", 32, (2, 1, 2)), ("float32", BLOCK, (2, 2, 4))],
 )
 def test_programs_take_turns_in_their_places(
-    dtype: str, block: int, sequences: int, together: int, monkeypatch: pytest.MonkeyPatch
+    dtype: str, block: int, expected: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    sequences, together, _ = expected
     shape = AttentionShape(PageGeometry(block, 2, 128, 128), 4, 64, 0.1)
-    monkeypatch.setattr(tiles, "TOGETHER", ((2**30, together),) if together > 1 else ())
+    monkeypatch.setattr(tiles, "TOGETHER", ((2**30, together),))
     monkeypatch.setattr(tiles, "UNROLLED_ROWS", sequences * shape.table_width * shape.pages.rows)
     chosen = tiles.window_tiles(shape, jnp.dtype(dtype))
-    assert chosen is not None and (chosen.sequences, chosen.together) == (sequences, together)
-    assert chosen.turns == (8 if together > 1 else 4) // sequences
+    assert chosen is not None and (chosen.sequences, chosen.together, chosen.turns) == expected
     # More rows than there is room for, and an odd number of them.
     check_decode_case(DecodeCase(shape, (*ragged(64), 40, 90, 3), dtype, without_slot=(5, 7)), decode)
 

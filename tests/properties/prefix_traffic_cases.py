@@ -56,14 +56,15 @@ POOLS = {
     "tiny pools": Case(BASE, preempts=True),
     "roomier pools": Case(dataclasses.replace(BASE, kv_cache_memory=100 * 1024)),
     "many lanes": Case(dataclasses.replace(BASE, max_num_seqs=12, kv_cache_memory=36 * 1024), preempts=True),
+    "small chunks": Case(dataclasses.replace(BASE, max_prefill_chunk=7, max_num_batched_tokens=11), preempts=True),
+    "two arenas": Case(dataclasses.replace(BASE, kv_partition="static", kv_cache_memory=40 * 1024), moves=False),
+}
+"""The layers of ``BASE`` with other memory, lanes and chunks."""
+
+LAYOUTS = {
     "large global blocks": Case(
         dataclasses.replace(BASE, groups=(everywhere(2), sliding(10, 0, 1)), block_size=(("global", 8), ("sliding", 4)))
     ),
-    "small chunks": Case(dataclasses.replace(BASE, max_prefill_chunk=7, max_num_batched_tokens=11), preempts=True),
-}
-"""Of one kind of layers, in more or less room."""
-
-LAYOUTS = {
     "two windows": Case(
         dataclasses.replace(
             BASE,
@@ -72,7 +73,6 @@ LAYOUTS = {
             kv_cache_memory=56 * 1024,
         )
     ),
-    "two arenas": Case(dataclasses.replace(BASE, kv_partition="static", kv_cache_memory=40 * 1024), moves=False),
     "no repair": Case(BASE, NO_REBUILD, CachePolicy(tail_repair=False), preempts=True),
     "all global": Case(
         dataclasses.replace(BASE, groups=(everywhere(0, 1),)), WITHOUT_A_PART, preempts=True, moves=False
@@ -81,7 +81,7 @@ LAYOUTS = {
         dataclasses.replace(BASE, groups=(sliding(5, 0, 1),), kv_cache_memory=20 * 1024), WITHOUT_A_PART, moves=False
     ),
 }
-"""Other groups, arenas and policies."""
+"""Other layers and blocks, and a cache that repairs nothing."""
 
 CASES = POOLS | LAYOUTS
 

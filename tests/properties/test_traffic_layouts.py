@@ -1,4 +1,4 @@
-"""The same random traffic over other groups of layers, arenas and policies."""
+"""The same random traffic over other layers and blocks."""
 
 from __future__ import annotations
 

@@ -24,8 +24,9 @@ class Stage:
     ``repeat_rate`` and ``remind_rate`` are how often a gap is filled by asking or telling something again: early on
     that shows the model many answers a document; later each fact is asked once. ``apart`` is how often a question is
     answered with no more than the global layers that are to learn its kind. ``about_homes`` is the share of documents
-    that tell many homes and few other facts. With ``copy_first`` the attention of the last global layer is a copy of
-    the first one's when the stage begins: by then the first can look things up, and the last need not begin anew.
+    that tell many homes and few other facts, ``alike`` the share of those whose facts differ in one word: too hard to
+    begin with. With ``copy_first`` the attention of the last global layer is a copy of the first one's when the stage
+    begins: by then the first can look things up, and the last need not begin anew.
     """
 
     length: int

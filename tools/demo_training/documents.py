@@ -19,11 +19,11 @@ from tools.demo_training.tokenizer import WordEncoder
 FIRST_TOKEN_WEIGHT = 2.0
 TASK_TOKENS = 32
 HOME_SHARE = 0.7
-"""Of the questions for a fact about a place, those about whose home it is; others name the place."""
+"""Of the questions for a fact about a place: those that say whose home it is; others name the place."""
 ALONE_SHARE = 0.35
-"""Of those, where an answer names the place: for the home itself instead of the fact."""
+"""Of the former, where answers name the place: those for the home itself instead of the fact."""
 BOTH_SHARE = 0.5
-"""Of those, where it does not: for the home itself as well."""
+"""Of the former, where answers do not name it: those that ask for the home as well."""
 LEAD_WEIGHT = 0.5
 """Of the words of an answer before the value: they must be right, too, and are copied from the question."""
 
@@ -41,7 +41,7 @@ class Plan:
             places have two attributes.
         clause_rate: share of facts with a clause between name and value.
         num_homes: places told about; each has a fact, and someone whose home it is.
-        name_place: the answer to such a question names the place before the value.
+        name_place: the answer to a question through a home names the place before the value.
         repeat_rate: share of the gaps filled with questions asked again instead of filler.
         remind_rate: share of the gaps filled with facts told again, whose values count as answers.
         task_rate: tasks of copying and counting, for each TASK_TOKENS tokens of the document.
@@ -180,12 +180,13 @@ class _Telling:
             self.home_told[home] = len(self.writer.tokens) - 1 - self.writer.num_tokens(home.place)
 
     def ask(self, index: int) -> None:
-        """Asks a fact if it was told, in one of its ways, and perhaps one more that refers to it."""
+        """Asks a fact if it was told, in one of its ways, or the home it is about; then perhaps one more fact."""
         if index not in self.fact_told:
             return
         fact, home = self.world.facts[index], self.world.homes.get(index)
         self.asked.add(index)
-        # Where an answer has named a home, it would be known from a few tokens back, without the cache.
+        # Where an answer has named a home, it would be known from a few tokens back, without the cache. (Where it was
+        # told again it may be, too: of every hundred questions in training three, in evaluation none.)
         is_open = home in self.home_told and home not in self.named
         if home is not None and is_open and self.rng.random() < HOME_SHARE:
             self._ask_about(home, index)
@@ -302,7 +303,10 @@ def make_world(rng: np.random.Generator, plan: Plan) -> World:
 
 
 def _alike(rng: np.random.Generator, known: tuple[str, ...], count: int) -> tuple[str, ...]:
-    """At least ``count`` of ``known``, made of so few pieces that most share each of theirs with others."""
+    """At least ``count`` of ``known``, made of few pieces: most share each of theirs with others.
+
+    Of the names never trained on, a sixth of all, it takes more pieces to have as many: of 12 then 6 in 10 share both.
+    """
     pieces = (vocabulary.NAME_STARTS, vocabulary.NAME_ENDS)
     for side in range(math.isqrt(2 * count) + 1, max(map(len, pieces))):
         starts, ends = (_some(rng, each, min(side, len(each))) for each in pieces)

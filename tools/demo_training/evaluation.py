@@ -22,7 +22,7 @@ from tools.demo_training.tokenizer import WordEncoder
 
 BUCKETS = (256, 1024, 2048, 4096)
 FACT_COUNTS = (12, 40, 100)
-KINDS = ("mixed", "alike", "same attribute")
+KINDS = ("mixed", "same attribute", "alike")
 EVALUATION_SEED = 977
 
 

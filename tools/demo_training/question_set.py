@@ -14,12 +14,13 @@ from tools.demo_training.tokenizer import WordEncoder
 
 _NUM_FACTS, _NUM_HOMES = 2, 20
 _KINDS = ("alike", "same attribute")
+"""Where facts differ in one word, a wrong block gives a wrong answer soonest."""
 _ABOUT_HOMES = {"through": 3, "home": 2, "place": 2}
 """Questions of each kind about a document full of homes: among many, one global layer does not do for both."""
 
 
 def recall_questions(length: int, num_facts: int, num_copies: int) -> list[Question]:
-    """The farthest facts of a document of each kind, places and homes of two others, and numbers to copy."""
+    """The farthest facts of two documents, places and homes of two others, and numbers to copy."""
     encoder, questions = WordEncoder(), list[Question]()
     for index, kind in enumerate(_KINDS):
         rng = np.random.default_rng([evaluation.EVALUATION_SEED, length, num_facts, index])

@@ -27,7 +27,7 @@ def text(tokens: list[int]) -> str:
 
 @pytest.mark.parametrize("same_attribute", [False, True])
 def test_an_answer_is_what_was_told(same_attribute: bool) -> None:
-    document = written(same_attribute=same_attribute, num_homes=6, reminder_share=0.6)
+    document = written(same_attribute=same_attribute, num_homes=12, reminder_share=0.6)
     kinds = ("fact", "follow-up", "reminder", "home", "place")
     asked = [one for one in document.answers if one.kind in kinds]
     assert {one.kind for one in asked} >= {"fact", "reminder", "home"}
@@ -116,7 +116,7 @@ def test_a_home_is_not_asked_for_once_an_answer_has_named_it() -> None:
     """Else it would be read from a few tokens back, and no damage to the cache would show."""
     homes = 0
     for seed in range(4):
-        document = written(seed, num_homes=12, num_facts=2)
+        document = written(seed, num_homes=12, num_facts=2, alike=True)
         named: set[str] = set()
         for answer in document.answers:
             if answer.kind in ("home", "through"):
