@@ -72,7 +72,7 @@ class Plan:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Answer:
-    """Where an answer stands, ``start`` to ``start + num_tokens``, and what it needs.
+    """Where an answer's value stands, ``start`` to ``start + num_tokens``, behind ``lead`` tokens of words; its needs.
 
     ``kind`` is fact, place, reminder, through, follow-up, home, copy, repeat or count. ``asked`` is where its question
     starts. ``distance`` is tokens from the value told to the value asked for, of the farther of the two facts for
@@ -84,6 +84,7 @@ class Answer:
     num_tokens: int
     kind: str
     distance: int
+    lead: int = 0
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -135,8 +136,9 @@ class Writer:
         asked = len(self.tokens)
         self.say(exchange.question)
         self._add([self._marks[vocabulary.END], self._marks[vocabulary.MODEL]])
-        self._add(self._encoder.encode(exchange.lead.rstrip()), LEAD_WEIGHT)
-        self._answer(asked, exchange.answer, kind, told_at, exchange.weight)
+        lead = self._encoder.encode(exchange.lead.rstrip())
+        self._add(lead, LEAD_WEIGHT)
+        self._answer(asked, exchange.answer, kind, told_at, exchange.weight, len(lead))
         self._add([*self._encoder.encode("."), self._marks[vocabulary.END], self._marks[vocabulary.USER]])
         self._turn_is_empty = True
 
@@ -144,9 +146,9 @@ class Writer:
         """Tokens of a word behind a space."""
         return len(self._encoder.encode(f" {word}"))
 
-    def _answer(self, asked: int, text: str, kind: str, told_at: int | None, weight: float) -> None:
+    def _answer(self, asked: int, text: str, kind: str, told_at: int | None, weight: float, lead: int = 0) -> None:
         ids, start = self._encoder.encode(f" {text}"), len(self.tokens)
-        self.answers.append(Answer(asked, start, len(ids), kind, 0 if told_at is None else start - told_at))
+        self.answers.append(Answer(asked, start, len(ids), kind, 0 if told_at is None else start - told_at, lead))
         # The first token decides which fact it is; the others follow it.
         self._add(ids[:1], FIRST_TOKEN_WEIGHT * weight)
         self._add(ids[1:], weight)

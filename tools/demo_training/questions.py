@@ -10,7 +10,6 @@ import dataclasses
 from tools.demo_training import vocabulary
 from tools.demo_training.documents import Answer, Document
 
-_MODEL = vocabulary.SPECIAL_TOKENS.index(vocabulary.MODEL)
 END_OF_ANSWER = vocabulary.SPECIAL_TOKENS.index(vocabulary.END)
 
 
@@ -30,9 +29,7 @@ class Question:
 def question_of(document: Document, answer: Answer) -> Question:
     """The question that ``answer`` answers."""
     tokens = document.tokens
-    start = answer.start
-    while tokens[start - 1] != _MODEL:
-        start -= 1
+    start = answer.start - answer.lead
     stop = tokens.index(END_OF_ANSWER, start) + 1
     return Question(tokens[:start], tokens[start:stop], answer.kind, answer.start - answer.distance)
 

@@ -50,7 +50,7 @@ def write_recall(options: argparse.Namespace) -> bool:
             rows.append([f"{kind}, {count} facts", *(f"{percent(cell)} ({cell.asked})" for cell in cells)])
     others = [(name, total(scores, _of_kind(kind))) for kind, name in _OTHER_KINDS.items()]
     lines = [
-        f"Exact value, greedy, % (questions asked). {options.documents} documents of 4,096 tokens a row.",
+        f"Whole answers, greedy, % (questions asked). {options.documents} documents of 4,096 tokens a row.",
         "",
         *table(["document", *(f"≤ {bucket:,} back" for bucket in BUCKETS)], rows),
         "",

@@ -10,6 +10,7 @@ import pytest
 
 from tools.demo_training import curriculum, documents, evaluation, grammar, vocabulary
 from tools.demo_training.documents import Document, Plan
+from tools.demo_training.questions import question_of
 from tools.demo_training.tokenizer import WordEncoder, build
 
 ENCODER = WordEncoder()
@@ -36,6 +37,17 @@ def test_an_answer_is_what_was_told(same_attribute: bool) -> None:
         told = answer.start - answer.distance
         assert document.tokens[told : told + answer.num_tokens] == said
         assert answer.distance > 0
+
+
+def test_a_whole_answer_is_the_models_turn() -> None:
+    document = written(length=4096, num_homes=24, task_rate=0.2, follow_up_rate=0.5)
+    opened, closed = (vocabulary.SPECIAL_TOKENS.index(mark) for mark in (vocabulary.MODEL, vocabulary.END))
+    asked = [one for one in document.answers if closed in document.tokens[one.start :]]
+    assert {one.kind for one in asked} >= {"fact", "through", "home", "follow-up", "copy"}
+    for answer in asked:
+        question = question_of(document, answer)
+        assert question.prompt[-1] == opened and question.answer[-1] == closed
+        assert len(question.answer) == answer.lead + answer.num_tokens + 2  # the period and the mark
 
 
 def test_weights_mark_answers_and_nothing_else() -> None:
