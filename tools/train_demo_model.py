@@ -3,9 +3,9 @@
     python tools/train_demo_model.py RUN [--seed N] [--export FOLDER]
 
 RUN is a folder for checkpoints: a run that was stopped (Ctrl-C ends it after the step it is in) goes on from there when
-the same command is given again. Training takes about an hour on one CPU core; each line of progress gives the loss and,
-for each kind of question, the share of answers that were exactly right. --export writes the model folder at the end
-(hkv_jax/demo_model for the bundled one); tools/score_demo_model.py then fills in its model card.
+the same command is given again. Training takes about an hour and a quarter on one CPU core; each line of progress gives
+the loss and, for each kind of question, the share of answers that were exactly right. --export writes the model folder
+at the end (hkv_jax/demo_model for the bundled one); tools/score_demo_model.py then fills in its model card.
 """
 
 from __future__ import annotations
