@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tools.demo_training import vocabulary
-from tools.demo_training.documents import Document, Plan, write
+from tools.demo_training.documents import Document, write
+from tools.demo_training.plan import Plan
 from tools.demo_training.tokenizer import WordEncoder
 
 MAX_FACTS = 110

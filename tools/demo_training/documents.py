@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import heapq
-import math
 
 import numpy as np
 
 from tools.demo_training import grammar, vocabulary
 from tools.demo_training.grammar import Exchange, Fact, Home
+from tools.demo_training.plan import Plan
 from tools.demo_training.tokenizer import WordEncoder
+from tools.demo_training.world import World, make_world
 
 FIRST_TOKEN_WEIGHT = 2.0
 TASK_TOKENS = 32
@@ -26,48 +27,6 @@ BOTH_SHARE = 0.5
 """Of the former, where answers do not name it: those that ask for the home as well."""
 LEAD_WEIGHT = 0.5
 """Of the words of an answer before the value: they must be right, too, and are copied from the question."""
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
-    """What a document is like.
-
-    Attributes:
-        length: tokens, exactly.
-        num_facts: facts told.
-        same_attribute: all facts are of one attribute and one thing; only the owners differ.
-        held_out: names and values are those never trained on.
-        alike: facts differ in one word where they can: owners share pieces of their names, most things and half of the
-            places have two attributes.
-        clause_rate: share of facts with a clause between name and value.
-        num_homes: places told about; each has a fact, and someone whose home it is.
-        name_place: the answer to a question through a home names the place before the value.
-        repeat_rate: share of the gaps filled with questions asked again instead of filler.
-        remind_rate: share of the gaps filled with facts told again, whose values count as answers.
-        task_rate: tasks of copying and counting, for each TASK_TOKENS tokens of the document.
-        follow_up_rate: share of questions that are followed by one that refers to them.
-        asked_share: share of facts that are asked about at all.
-        reminder_share: share of those that are told again instead, by the user, the value counting as an answer.
-        reading_share: facts are told in the first part of the document, this share of it.
-        ask_after: no fact is asked about before this share of the document, so that what comes before is one long turn.
-    """
-
-    length: int
-    num_facts: int
-    same_attribute: bool
-    held_out: bool = False
-    alike: bool = False
-    clause_rate: float = 0.25
-    num_homes: int = 0
-    name_place: bool = True
-    repeat_rate: float = 0.0
-    remind_rate: float = 0.0
-    task_rate: float = 0.05
-    follow_up_rate: float = 0.15
-    asked_share: float = 1.0
-    reminder_share: float = 0.0
-    reading_share: float = 0.6
-    ask_after: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -94,17 +53,6 @@ class Document:
     tokens: list[int]
     weights: list[float]
     answers: list[Answer]
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class World:
-    """What is true in a document: facts, and for those about places (by index) whose home the place is.
-
-    Two facts about one place lead to the same home.
-    """
-
-    facts: list[Fact]
-    homes: dict[int, Home]
 
 
 class Writer:
@@ -279,62 +227,6 @@ def write(rng: np.random.Generator, encoder: WordEncoder, plan: Plan) -> Documen
     return Document(tokens[: plan.length], telling.writer.weights[: plan.length], answers)
 
 
-def make_world(rng: np.random.Generator, plan: Plan) -> World:
-    """Facts that differ in owner, thing or attribute, facts about places, and whose home each of these is."""
-    known = vocabulary.names(held_out=plan.held_out)
-    candidates = _alike(rng, known, plan.num_facts) if plan.alike else known
-    values = vocabulary.values(held_out=plan.held_out)
-    if plan.same_attribute:
-        thing = grammar.pick(rng, vocabulary.OBJECTS)
-        attributes: tuple[str, ...] = (grammar.pick(rng, vocabulary.ATTRIBUTES),)
-        keys = [(f"{owner}'s {thing}", attributes[0]) for owner in _some(rng, candidates, plan.num_facts)]
-    else:
-        # Few of each in some documents: then attribute and thing do not give an owner away, who must be looked up.
-        attributes = _some(rng, vocabulary.ATTRIBUTES, int(rng.integers(2, len(vocabulary.ATTRIBUTES) + 1)))
-        keys = _mixed_keys(rng, plan, candidates, attributes)
-    places = _some(rng, vocabulary.HOMES, plan.num_homes)
-    residents = _some(rng, _alike(rng, known, plan.num_homes) if plan.alike else known, plan.num_homes)
-    homes: dict[int, Home] = {}
-    for resident, place in zip(residents, places, strict=True):
-        # With one fact about every place the attribute need not be looked at.
-        twice = plan.alike and len(attributes) > 1 and rng.random() < 0.5
-        for attribute in _some(rng, attributes, 2) if twice else (grammar.pick(rng, attributes),):
-            homes[len(keys)] = Home(resident, place)
-            keys.append((f"the {place}", attribute))
-    return World([Fact(*key, grammar.pick(rng, values)) for key in keys], homes)
-
-
-def _alike(rng: np.random.Generator, known: tuple[str, ...], count: int) -> tuple[str, ...]:
-    """At least ``count`` of ``known``, made of few pieces: most share each of theirs with others.
-
-    Of the names never trained on, a sixth of all, it takes more pieces to have as many: of 12 then 6 in 10 share both.
-    """
-    pieces = (vocabulary.NAME_STARTS, vocabulary.NAME_ENDS)
-    for side in range(math.isqrt(2 * count) + 1, max(map(len, pieces))):
-        starts, ends = (_some(rng, each, min(side, len(each))) for each in pieces)
-        made = {start + end for start in starts for end in ends}
-        if len(chosen := tuple(name for name in known if name in made)) >= count:
-            return chosen
-    return known
-
-
-def _mixed_keys(
-    rng: np.random.Generator, plan: Plan, known: tuple[str, ...], attributes: tuple[str, ...]
-) -> list[tuple[str, str]]:
-    """Different pairs of holder and attribute: some owners have several things, some things several attributes."""
-    count, twice = plan.num_facts, 0.8 if plan.alike else 0.3
-    things = _some(rng, vocabulary.OBJECTS, int(rng.integers(2, len(vocabulary.OBJECTS) + 1)))
-    low = max(2, count // 4, -(-2 * count // (len(things) * len(attributes))))
-    owners = _some(rng, known, int(rng.integers(low, max(low, count) + 1)))
-    keys: dict[tuple[str, str], None] = {}
-    while len(keys) < count:
-        holder = f"{grammar.pick(rng, owners)}'s {grammar.pick(rng, things)}"
-        keys[holder, grammar.pick(rng, attributes)] = None
-        if rng.random() < twice and len(keys) < count:
-            keys[holder, grammar.pick(rng, attributes)] = None
-    return list(keys)
-
-
 def _schedule(rng: np.random.Generator, world: World, plan: Plan) -> list[tuple[float, str, int]]:
     """When each fact and home is told, and when each is asked: a heap of (token position, kind, index)."""
     events: list[tuple[float, str, int]] = []
@@ -358,8 +250,3 @@ def _schedule(rng: np.random.Generator, world: World, plan: Plan) -> list[tuple[
     events += [(rng.random() * end, "task", index) for index in range(num_tasks)]
     heapq.heapify(events)
     return events
-
-
-def _some(rng: np.random.Generator, choices: tuple[str, ...], count: int) -> tuple[str, ...]:
-    """``count`` different ones of ``choices``."""
-    return tuple(choices[int(index)] for index in rng.choice(len(choices), count, replace=False))

@@ -16,8 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tools.demo_training import documents
-from tools.demo_training.documents import Answer, Document, Plan
+from tools.demo_training.documents import Answer, Document
 from tools.demo_training.model import Parameters, Shape, forward
+from tools.demo_training.plan import Plan
 from tools.demo_training.tokenizer import WordEncoder
 
 BUCKETS = (256, 1024, 2048, 4096)

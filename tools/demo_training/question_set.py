@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from tools.demo_training import documents, evaluation
-from tools.demo_training.documents import Plan
+from tools.demo_training.plan import Plan
 from tools.demo_training.questions import Question, farthest
 from tools.demo_training.tokenizer import WordEncoder
 

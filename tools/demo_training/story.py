@@ -9,10 +9,11 @@ import dataclasses
 
 import numpy as np
 
-from tools.demo_training import documents, grammar
-from tools.demo_training.documents import Plan
+from tools.demo_training import grammar
 from tools.demo_training.grammar import Exchange
+from tools.demo_training.plan import Plan
 from tools.demo_training.tokenizer import WordEncoder
+from tools.demo_training.world import make_world
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +29,7 @@ def tell(seed: int, num_tokens: int, num_facts: int) -> Story:
     """A story whose facts are all of one attribute and thing, told at random places of it; names are held-out ones."""
     rng, encoder = np.random.default_rng(seed), WordEncoder()
     plan = Plan(length=num_tokens, num_facts=num_facts, same_attribute=True, held_out=True)
-    world = documents.make_world(rng, plan)
+    world = make_world(rng, plan)
     told = [(float(rng.random()), grammar.state_fact(rng, fact, 0.3), grammar.ask_fact(fact)) for fact in world.facts]
     told.sort(key=lambda one: one[0])
     sentences: list[str] = []

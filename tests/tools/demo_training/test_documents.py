@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 
 from tools.demo_training import curriculum, documents, evaluation, grammar, vocabulary
-from tools.demo_training.documents import Document, Plan
+from tools.demo_training.documents import Document
+from tools.demo_training.plan import Plan
 from tools.demo_training.questions import question_of
 from tools.demo_training.tokenizer import WordEncoder, build
+from tools.demo_training.world import make_world
 
 ENCODER = WordEncoder()
 WINDOW = 32
@@ -75,7 +77,7 @@ def test_each_fact_is_asked_once_in_evaluation() -> None:
 
 def test_facts_of_one_attribute_differ_in_the_owner_alone() -> None:
     rng = np.random.default_rng(0)
-    world = documents.make_world(rng, Plan(length=256, num_facts=30, same_attribute=True))
+    world = make_world(rng, Plan(length=256, num_facts=30, same_attribute=True))
     owners, things = zip(*(fact.holder.split("'s ") for fact in world.facts), strict=True)
     assert len({(fact.attribute, thing) for fact, thing in zip(world.facts, things, strict=True)}) == 1
     assert len(set(owners)) == 30
@@ -84,7 +86,7 @@ def test_facts_of_one_attribute_differ_in_the_owner_alone() -> None:
 @pytest.mark.parametrize("same_attribute", [False, True])
 def test_a_home_leads_to_the_place_of_its_fact(same_attribute: bool) -> None:
     plan = Plan(length=256, num_facts=20, same_attribute=same_attribute, alike=True, num_homes=10)
-    world = documents.make_world(np.random.default_rng(0), plan)
+    world = make_world(np.random.default_rng(0), plan)
     for index, home in world.homes.items():
         assert world.facts[index].holder == f"the {home.place}"
     assert len({home.owner for home in world.homes.values()}) == 10
@@ -99,7 +101,7 @@ def test_alike_facts_differ_in_one_word() -> None:
 
     def world(*, alike: bool, same_attribute: bool) -> list[grammar.Fact]:
         plan = Plan(length=256, num_facts=30, alike=alike, same_attribute=same_attribute)
-        return documents.make_world(np.random.default_rng(0), plan).facts
+        return make_world(np.random.default_rng(0), plan).facts
 
     starts = {
         alike: len({start_of[fact.holder.partition("'s ")[0]] for fact in world(alike=alike, same_attribute=True)})
