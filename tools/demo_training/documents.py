@@ -45,6 +45,11 @@ class Answer:
     distance: int
     lead: int = 0
 
+    @property
+    def whole(self) -> slice:
+        """Where the answer lies, its words and its value."""
+        return slice(self.start - self.lead, self.start + self.num_tokens)
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Document:

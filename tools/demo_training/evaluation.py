@@ -121,4 +121,4 @@ def total(scores: dict[Cell, Score], wanted: Callable[[Cell], bool]) -> Score:
 
 
 def _score_one(answer: Answer, right: NDArray[np.bool_]) -> Score:
-    return Score(int(right[answer.start - answer.lead : answer.start + answer.num_tokens].all()), 1)
+    return Score(int(right[answer.whole].all()), 1)

@@ -24,7 +24,7 @@ class Plan:
         name_place: the answer to a question through a home names the place before the value.
         repeat_rate: share of the gaps filled with questions asked again instead of filler.
         remind_rate: share of the gaps filled with facts told again, whose values count as answers.
-        task_rate: tasks of copying and counting, for each TASK_TOKENS tokens of the document.
+        task_rate: tasks of copying and counting, for each ``documents.TASK_TOKENS`` tokens of the document.
         follow_up_rate: share of questions that are followed by one that refers to them.
         asked_share: share of facts that are asked about at all.
         reminder_share: share of those that are told again instead, by the user, the value counting as an answer.

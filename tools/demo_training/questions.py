@@ -29,7 +29,7 @@ class Question:
 def question_of(document: Document, answer: Answer) -> Question:
     """The question that ``answer`` answers."""
     tokens = document.tokens
-    start = answer.start - answer.lead
+    start = answer.whole.start
     stop = tokens.index(END_OF_ANSWER, start) + 1
     return Question(tokens[:start], tokens[start:stop], answer.kind, answer.start - answer.distance)
 
